@@ -1,0 +1,87 @@
+"""All architectures behind `build_model(config)` and `create_model(name)`.
+
+Importing this package imports every module in it, so a new architecture is one file here and its
+YAML files under `configs/`; nothing has to list it.
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import registry
+from .backbone import Backbone
+
+__all__ = ["Backbone", "build_model", "create_model", "list_models", "variant_file"]
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def build_model(config: Any, **overrides: Any) -> Backbone:
+    """The backbone that a config describes, with fresh weights.
+
+    Args:
+        config: a frozen CfgNode of `load_config`.
+        overrides: constructor keywords that replace config values, such as `num_classes`.
+
+    Raises:
+        ValueError: MODEL.TYPE is unknown, or a keyword is not one of its constructor's.
+    """
+    entry = registry.find(config.MODEL.TYPE)
+    node = config.MODEL[entry.node]
+    keywords = {name: node[name.upper()] for name in entry.fields}
+    keywords |= dict(
+        num_classes=1000 if config.MODEL.NUM_CLASSES is None else config.MODEL.NUM_CLASSES,
+        in_chans=config.MODEL.IN_CHANS,
+        img_size=config.DATA.IMG_SIZE,
+        drop_rate=config.MODEL.DROP_RATE,
+        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+    )
+    unknown = sorted(set(overrides) - set(keywords))
+    if unknown:
+        raise ValueError(
+            f"{entry.cls.__name__} has no argument {unknown}; it takes {sorted(keywords)}"
+        )
+    return entry.cls(**(keywords | overrides))
+
+
+def create_model(name: str, **overrides: Any) -> Backbone:
+    """The published variant `name` (a YAML file under `configs/`), constructor keywords overridden.
+
+    Example:
+        create_model("dhvt_tiny_cifar_patch4", num_classes=10)
+    """
+    from config import load_config  # here, because config.py reads the schema from this package
+
+    return build_model(load_config(variant_file(name)), **overrides)
+
+
+def list_models() -> list[str]:
+    """Names of all published variants, sorted."""
+    return sorted(_variants())
+
+
+def variant_file(name: str) -> Path:
+    """The YAML file of variant `name`; ValueError names the nearest ones."""
+    if name not in _variants():
+        close = registry.nearest(name, _variants())
+        raise ValueError(f"no model is named '{name}'; did you mean one of {close}?")
+    return _variants()[name]
+
+
+@cache
+def _variants() -> dict[str, Path]:
+    """A variant is a YAML file that declares its stem as MODEL.NAME; experiments inherit it."""
+    found = {}
+    for path in sorted(CONFIG_DIR.glob("*/*.yaml")):
+        model = (yaml.safe_load(path.read_text()) or {}).get("MODEL") or {}
+        if model.get("NAME") == path.stem:
+            found[path.stem] = path
+    return found

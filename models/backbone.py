@@ -1,0 +1,143 @@
+"""The contract that every architecture keeps; engine, tasks and tools rely on nothing else.
+
+A backbone takes plain keyword arguments (see `registry.py`), loads the published state dict with
+`strict=True`, and accepts any input size that the paper's arithmetic allows.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Last name components of constants of the architecture: recomputed, never taken from a file.
+CONSTANT_BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
+
+
+class Backbone(nn.Module):
+    """Base class of all architectures.
+
+    Attributes:
+        feature_info: one `dict(channels, stride)` per map of `forward_pyramid`.
+        num_features: width of the features that the classifier reads.
+        num_classes: 0 builds without a classifier (dense tasks).
+    """
+
+    feature_info: list[dict[str, int]]
+    num_features: int
+    num_classes: int
+    # True where tokens are really dropped, so that no feature map is left for dense tasks.
+    drops_tokens: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.register_load_state_dict_pre_hook(_keep_constant_buffers)
+
+    # -- the two halves of forward ---------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> normalised features, in the layout of the paper."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Output of `forward_features` -> logits (B, num_classes), or features (B, num_features)."""
+        raise NotImplementedError
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """Images -> one (B, C_i, ceil(H/s_i), ceil(W/s_i)) map per entry of `feature_info`."""
+        raise NotImplementedError
+
+    # -- as in timm ------------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module:
+        """The module that turns features into logits (Identity when num_classes is 0)."""
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one for `num_classes` classes; 0 removes it."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    # -- what the optimizer asks -----------------------------------------------------------------
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of parameters without weight decay, beyond biases and 1-D tensors."""
+        return set()
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Name prefix -> factor on the learning rate; an unnamed parameter has factor 1."""
+        return {}
+
+    def layer_prefixes(self) -> list[tuple[str, ...]]:
+        """Name prefixes per depth for layer-wise decay, stem first; the rest is the last depth."""
+        raise NotImplementedError
+
+    def num_layers(self) -> int:
+        """Number of depths: `layer_id` is in range(num_layers())."""
+        return len(self.layer_prefixes()) + 1
+
+    def layer_id(self, name: str) -> int:
+        """Depth of parameter `name`: 0 is the stem, num_layers() - 1 the last norm and the head."""
+        prefixes = self.layer_prefixes()
+        matches = [
+            (len(prefix), depth)
+            for depth, group in enumerate(prefixes)
+            for prefix in group
+            if name == prefix or name.startswith(prefix + ".")
+        ]
+        return max(matches)[1] if matches else len(prefixes)
+
+    # -- what the engine and the tools ask -------------------------------------------------------
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Weighted extra losses of the last training forward, by name; empty for most models."""
+        return {}
+
+    def set_progress(
+        self, step: int, total_steps: int, warmup_steps: int, steps_per_epoch: int | None = None
+    ) -> None:
+        """How far training has come, for schedules inside the model; called before each step."""
+
+    def token_maps(self) -> dict[str, Tensor]:
+        """What an explanation tool draws of the last evaluation forward; empty if nothing."""
+        return {}
+
+    # -- for subclasses --------------------------------------------------------------------------
+
+    def run_block(self, block: Callable[..., Any], *args: Any) -> Any:
+        """`block(*args)`, recomputed in the backward pass when gradient checkpointing is on."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def run_blocks(self, blocks: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """Apply `blocks` in turn through `run_block`."""
+        for block in blocks:
+            x = self.run_block(block, x)
+        return x
+
+
+def _keep_constant_buffers(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Before loading: keep the model's own constants, whatever size the file was trained at."""
+    own = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if name.rsplit(".", 1)[-1] in CONSTANT_BUFFERS
+    }
+    for key in [
+        k for k in state_dict if k.startswith(prefix) and k.rsplit(".", 1)[-1] in CONSTANT_BUFFERS
+    ]:
+        if key.removeprefix(prefix) not in own:
+            del state_dict[key]
+    state_dict.update({prefix + name: tensor for name, tensor in own.items()})

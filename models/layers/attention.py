@@ -1,0 +1,50 @@
+"""Global multi-head self-attention."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens (ViT, arXiv:2010.11929, Eq. 5-8), fused.
+
+    Shapes: (B, N, C) -> (B, N, C), head width C / num_heads.
+
+    Args:
+        qk_scale: replaces the factor head_dim ** -0.5 on the logits.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), self.num_heads, 3)
+        dropout = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return self.proj_drop(self.proj(merge_heads(x)))
+
+
+def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
+    """(B, N, parts * C) -> `parts` tensors (B, heads, N, C / heads); channels part by part."""
+    x = x.unflatten(-1, (parts, num_heads, -1))  # B N parts h d
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d)."""
+    return x.transpose(1, 2).flatten(2)

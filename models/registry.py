@@ -1,0 +1,116 @@
+"""Which architectures exist, and the config schema that their constructors' signatures define.
+
+`@register("dfvt", node="DFvT")` on a `Backbone` subclass creates `MODEL.DFvT.EMBED_DIM` from the
+keyword `embed_dim: int = 96`: the signature is the only home of a hyper-parameter and its default.
+"""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Keywords that every backbone takes from the shared keys MODEL.* and DATA.*, not from its own node.
+SHARED_KEYWORDS = ("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate")
+
+_ENTRIES: dict[str, "Entry"] = {}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One config key: its default and the Python types that a value may have."""
+
+    default: Any
+    types: tuple[type, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered architecture; `fields` maps lower-case keywords to their `Field`."""
+
+    name: str
+    node: str
+    cls: type
+    fields: dict[str, Field]
+
+
+def register(name: str, node: str | None = None) -> Callable[[type], type]:
+    """Class decorator: make a backbone known as MODEL.TYPE `name`, configured by `MODEL.<node>`.
+
+    Raises:
+        TypeError: a keyword that cannot become a config key (positional, no default, no plain type).
+        ValueError: the name is taken.
+    """
+
+    def decorate(cls: type) -> type:
+        if name.lower() in _ENTRIES and _ENTRIES[name.lower()].cls.__qualname__ != cls.__qualname__:
+            raise ValueError(
+                f"MODEL.TYPE='{name}' is registered twice: {_ENTRIES[name.lower()].cls} and {cls}"
+            )
+        _ENTRIES[name.lower()] = Entry(
+            name.lower(), node or name.upper(), cls, signature_fields(cls)
+        )
+        return cls
+
+    return decorate
+
+
+def find(name: str) -> Entry:
+    """The entry of MODEL.TYPE `name`, without regard to case; ValueError names the nearest ones."""
+    entry = _ENTRIES.get(name.lower())
+    if entry is None:
+        close = nearest(name.lower(), _ENTRIES)
+        raise ValueError(
+            f"MODEL.TYPE='{name}' is not registered; did you mean one of {close}? "
+            f"All: {sorted(_ENTRIES)}"
+        )
+    return entry
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """The choices spelt most like `word`, case aside; all of them (sorted) if none is close."""
+    spelling = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), spelling, n=count)
+    return [spelling[c] for c in close] or sorted(spelling.values())
+
+
+def entries() -> list[Entry]:
+    """All registered architectures, by name."""
+    return [_ENTRIES[key] for key in sorted(_ENTRIES)]
+
+
+def signature_fields(cls: type) -> dict[str, Field]:
+    """The config fields that the constructor of `cls` defines, shared keywords left out."""
+    hints = typing.get_type_hints(cls.__init__)
+    fields = {}
+    for keyword, parameter in inspect.signature(cls.__init__).parameters.items():
+        if keyword == "self" or keyword in SHARED_KEYWORDS:
+            continue
+        where = f"{cls.__name__}.__init__({keyword})"
+        if (
+            parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+            or parameter.default is inspect.Parameter.empty
+        ):
+            raise TypeError(f"{where}: config keys come from keyword-only arguments with a default")
+        default = (
+            list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        )
+        fields[keyword] = Field(default, _accepted_types(hints.get(keyword), where))
+    return fields
+
+
+def _accepted_types(hint: Any, where: str) -> tuple[type, ...]:
+    """Annotation -> types a config value may have: sequences become list, unions are split."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(t for part in typing.get_args(hint) for t in _accepted_types(part, where))
+    origin = typing.get_origin(hint) or hint
+    if origin in (tuple, list, Sequence):
+        return (list,)
+    if origin in (bool, int, float, str, type(None)):
+        return (origin,)
+    raise TypeError(
+        f"{where}: annotation {hint!r} is no plain config type "
+        "(bool, int, float, str, a sequence of them, or None)"
+    )

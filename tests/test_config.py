@@ -1,0 +1,227 @@
+"""Config files, overrides and the errors that a user meets before any work starts."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import config as config_module
+from config import all_keys, dump, load_config, output_dir
+from models import CONFIG_DIR, build_model, registry
+
+DFVT_TINY = CONFIG_DIR / "dfvt" / "dfvt_tiny.yaml"
+EVERY_FILE = sorted(CONFIG_DIR.rglob("*.yaml"))
+
+# Swin's own swin_base_patch4_window7_224.yaml and swin_tiny..._22kto1k_finetune.yaml, as facts.
+SWIN_YAML = """
+MODEL:
+  TYPE: swin
+  NAME: swin_base_patch4_window7_224
+  DROP_PATH_RATE: 0.5
+  SWIN:
+    EMBED_DIM: 128
+    DEPTHS: [ 2, 2, 18, 2 ]
+    NUM_HEADS: [ 4, 8, 16, 32 ]
+    WINDOW_SIZE: 7
+TRAIN:
+  EPOCHS: 30
+  WARMUP_EPOCHS: 5
+  WEIGHT_DECAY: 1e-8
+  BASE_LR: 2e-05
+  WARMUP_LR: 2e-08
+  MIN_LR: 2e-07
+"""
+
+# What distinguishes DFvT's tiny.yaml, small.yaml and base.yaml.
+DFVT_YAMLS = {
+    "tiny": (48, [1, 1, 2, 1], [3, 6, 12, 24], 4.0, 0.0, 3_967_627),
+    "small": (96, [1, 1, 2, 1], [3, 6, 12, 24], 2.0, 0.1, 11_225_485),
+    "base": (128, [2, 2, 6, 2], [4, 8, 16, 32], 2.0, 0.2, 37_331_136),
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def count(config) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(config).parameters())
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda p: p.stem)
+def test_every_config_file_loads_and_builds(path):
+    config = load_config(path)
+    assert count(config) > 0
+    assert config.is_frozen()
+
+
+@pytest.mark.parametrize("name", DFVT_YAMLS)
+def test_dfvt_yaml_files_parse_and_build_unchanged(name, tmp_path):
+    dim, depths, heads, ratio, drop_path, parameters = DFVT_YAMLS[name]
+    text = yaml.safe_dump(
+        dict(
+            MODEL=dict(
+                TYPE="DFvT",
+                NAME=name,
+                DROP_PATH_RATE=drop_path,
+                DFvT=dict(
+                    EMBED_DIM=dim, DEPTHS=depths, NUM_HEADS=heads, WINDOW_SIZE=7, MLP_RATIO=ratio
+                ),
+            ),
+            TRAIN=dict(ACCUMULATION_STEPS=0),
+        )
+    )
+    config = load_config(write(tmp_path / f"{name}.yaml", text))
+    assert count(config) == parameters
+    assert output_dir(config) == Path("output") / name / "default"
+
+
+def test_swin_yaml_file_parses_and_builds_unchanged(tmp_path):
+    config = load_config(write(tmp_path / "swin.yaml", SWIN_YAML))
+    assert count(config) == 87_768_224
+    assert pytest.approx(2e-5) == config.TRAIN.BASE_LR
+    assert pytest.approx(1e-8) == config.TRAIN.WEIGHT_DECAY
+
+
+def test_a_dump_of_swin_with_all_its_sections_parses(tmp_path, caplog):
+    text = SWIN_YAML + "ENABLE_AMP: false\nFUSED_LAYERNORM: true\nLOCAL_RANK: 0\n"
+    tree = yaml.safe_load(text)
+    tree["MODEL"]["SWIN_MOE"] = dict(NUM_LOCAL_EXPERTS=1, MOE_BLOCKS=[[-1], [-1]])
+    tree["MODEL"]["SIMMIM"] = dict(NORM_TARGET=dict(ENABLE=False, PATCH_SIZE=47))
+    tree["MODEL"]["SWIN"]["IN_CHANS"] = 3
+    tree["DATA"] = dict(MASK_PATCH_SIZE=32, MASK_RATIO=0.6)
+    with caplog.at_level(logging.WARNING):
+        config = load_config(write(tmp_path / "config.json", yaml.safe_dump(tree)))
+    assert config.MODEL.IN_CHANS == 3
+    assert [r.getMessage() for r in caplog.records if "FUSED_LAYERNORM" in r.getMessage()]
+    assert not [r for r in caplog.records if "MASK_RATIO" in r.getMessage()], (
+        "defaults need no warning"
+    )
+
+
+def test_model_type_and_node_match_without_regard_to_case(tmp_path):
+    config = load_config(
+        write(tmp_path / "a.yaml", "MODEL: {TYPE: DFVT, NAME: x, dfvt: {EMBED_DIM: 48}}")
+    )
+    assert config.MODEL.DFvT.EMBED_DIM == 48
+
+
+def test_later_sources_win_base_then_file_then_opts_then_flags(tmp_path):
+    write(tmp_path / "grand.yaml", "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1}\nTAG: grand\nSEED: 1\n")
+    write(tmp_path / "one.yaml", "BASE: [grand.yaml]\nTRAIN: {EPOCHS: 2}\n")
+    write(tmp_path / "two.yaml", "TRAIN: {WARMUP_EPOCHS: 3}\nTAG: two\n")
+    child = write(tmp_path / "child.yaml", "BASE: [one.yaml, two.yaml]\nOUTPUT: here\n")
+    config = load_config(child)
+    assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TAG) == (2, 3, "two")
+    assert (config.SEED, config.OUTPUT, config.BASE) == (1, "here", [""])
+    config = load_config(child, ["TRAIN.EPOCHS", "4", "TAG", "opts"], {"TAG": "flag"})
+    assert (config.TRAIN.EPOCHS, config.TAG) == (4, "flag")
+
+
+def test_base_is_found_relative_to_the_file_that_names_it(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "base.yaml", "SEED: 7\n")
+    child = write(tmp_path / "deep" / "child.yaml", "BASE: ['../base.yaml']\n")
+    assert load_config(child).SEED == 7
+
+
+def test_base_that_includes_itself_is_an_error(tmp_path):
+    write(tmp_path / "a.yaml", "BASE: [b.yaml]\n")
+    write(tmp_path / "b.yaml", "BASE: [a.yaml]\n")
+    with pytest.raises(ValueError, match="leads back to"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_missing_file_names_what_is_there(tmp_path):
+    write(tmp_path / "tiny.yaml", "SEED: 0\n")
+    with pytest.raises(FileNotFoundError, match=r"tinny.yaml does not exist.*tiny"):
+        load_config(tmp_path / "tinny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["TRAIN.EPOCH", "3"], r"unknown config key TRAIN.EPOCH = '3'.*TRAIN.EPOCHS"),
+        (["MODEL.DFvT.EMBED", "3"], r"MODEL.DFvT.EMBED_DIM"),
+        (["MODEL.DFvT", "3"], r"MODEL.DFvT is a section, its keys are"),
+        (["TRAIN.EPOCHS", "many"], r"TRAIN.EPOCHS='many' .* must be int, not str"),
+        (["MODEL.DFvT.DEPTHS", "2"], r"MODEL.DFvT.DEPTHS=2 .* must be list"),
+        (["AMP_ENABLE", "1"], r"AMP_ENABLE=1 .* must be bool"),
+        (["AMP_DTYPE", "half"], r"AMP_DTYPE='half' must be one of \['auto', 'bf16', 'fp16'\]"),
+        (["MODEL.TYPE", "dfvit"], r"MODEL.TYPE='dfvit' is not registered.*dfvt"),
+        (["MODEL.DROP_PATH_RATE", "1.5"], r"MODEL.DROP_PATH_RATE=1.5 must be between 0 and 1"),
+        (["DATA.BATCH_SIZE", "7"], r"DATA.BATCH_SIZE=7 must be even while mixup or cutmix is on"),
+        (["DATA.IMG_SIZE", "[224]", "DATA.MEAN", "[0.5, 0.5]"], r"DATA.MEAN has 2 entries"),
+        (["DATA.IMG_SIZE", "[1, 2, 3]"], r"DATA.IMG_SIZE=\[1, 2, 3\] must be"),
+        (["EVAL_MODE", "True", "INFO_MODE", "True"], r"EVAL_MODE and INFO_MODE exclude"),
+        (["TRAIN.LR_SCHEDULER.NAME", "multistep"], r"needs epochs in LR_SCHEDULER.MULTISTEPS"),
+        (["AMP_OPT_LEVEL", "O1", "AMP_DTYPE", "bf16"], r"Apex O1 and O2 work in fp16"),
+        (["TRAIN.EPOCHS"], r"pairs of KEY VALUE"),
+    ],
+)
+def test_bad_values_stop_with_key_value_and_fix(opts, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(DFVT_TINY, opts)
+
+
+def test_values_from_the_command_line_are_read_as_literals():
+    opts = ["MODEL.DFvT.DEPTHS", "[1,1,1,1]", "DATA.IMG_SIZE", "(64, 96)", "TRAIN.BASE_LR", "1e-3"]
+    opts += [
+        "MODEL.NUM_CLASSES",
+        "10",
+        "TAG",
+        "7",
+        "TRAIN.CLIP_GRAD",
+        "1",
+        "AUG.CUTMIX_MINMAX",
+        "None",
+    ]
+    config = load_config(DFVT_TINY, opts)
+    assert config.MODEL.DFvT.DEPTHS == [1, 1, 1, 1]
+    assert config.DATA.IMG_SIZE == [64, 96]
+    assert (config.TRAIN.BASE_LR, config.TAG, config.TRAIN.CLIP_GRAD) == (1e-3, "7", 1.0)
+    assert (config.MODEL.NUM_CLASSES, config.AUG.CUTMIX_MINMAX) == (10, None)
+
+
+def test_dumped_config_runs_the_same_experiment_again(tmp_path):
+    """Trap: Swin dumps the learning rate after scaling it, so that a second run scales it twice."""
+    config = load_config(DFVT_TINY, ["TRAIN.BASE_LR", "0.01", "MODEL.NUM_CLASSES", "7", "TAG", "x"])
+    again = load_config(write(tmp_path / "config.yaml", dump(config)))
+    assert again == config
+
+
+def test_dump_leaves_other_architectures_out():
+    model = yaml.safe_load(dump(load_config(DFVT_TINY)))["MODEL"]
+    assert "DFvT" in model
+    assert not {entry.node for entry in registry.entries()} - {"DFvT"} & set(model)
+
+
+def test_a_loaded_config_is_frozen_and_leaves_the_defaults_alone():
+    config = load_config(DFVT_TINY)
+    with pytest.raises(AttributeError):
+        config.SEED = 3
+    config.MODEL.DFvT.DEPTHS.append(9)
+    assert load_config(DFVT_TINY).MODEL.DFvT.DEPTHS == [1, 1, 2, 1]
+
+
+def test_every_choice_and_range_names_a_key_that_exists():
+    keys = set(all_keys())
+    assert set(config_module._CHOICES) <= keys
+    assert set(config_module._RANGES) <= keys
+    assert set(config_module._TYPES) <= keys
+
+
+def test_every_shared_key_is_read_by_some_code():
+    root = CONFIG_DIR.parent
+    skipped = {"tests", ".venv", "config.py"}
+    files = [p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts)]
+    code = "".join(p.read_text() for p in files)
+    code += Path(config_module.__file__).read_text().split("def load_config")[1]
+    nodes = {entry.node for entry in registry.entries()}
+    shared = [k for k in all_keys() if not (k.startswith("MODEL.") and k.split(".")[1] in nodes)]
+    unused = [k for k in shared if k.rpartition(".")[2] not in code]
+    assert not unused, f"no code reads {unused}"
