@@ -1,0 +1,463 @@
+"""Checkpoints of a run: what they hold, when they are written, and which one a run starts from.
+
+A checkpoint is a dict of tensors and plain data: `torch.load(weights_only=True)` reads it, so that a
+file from a stranger can do nothing but be read. It is written to a temporary file and renamed: a full
+disk or a killed process leaves the previous file as it was.
+"""
+
+import argparse
+import hashlib
+import logging
+import math
+import os
+import pathlib
+import pickle
+import platform
+import re
+import shutil
+import subprocess
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import distributed
+from .seeding import rng_state, set_rng_state
+from .spelling import nearest
+
+_LOG = logging.getLogger(__name__)
+
+FORMAT = 1  # raised when old files can no longer be read as they are
+
+
+class Stateful(Protocol):
+    """A model, an optimizer, a schedule: what is saved and restored."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+# -- reading and writing one file ----------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write `state` so that the file is either complete or as it was before.
+
+    Raises:
+        ValueError: something in `state` is neither a tensor nor plain data; the message says where.
+        OSError: the file could not be written.
+    """
+    _check_plain(state, "state")
+    _write_atomically(Path(path), lambda file: torch.save(dict(state), file))
+
+
+def load_file(path: str | Path) -> Any:
+    """Content of a checkpoint of MixLab or of the lineage, on the CPU, without running code from it.
+
+    Allowed beside tensors and plain data is what published checkpoints hold: argparse.Namespace, yacs
+    CfgNode (it becomes a dict), NumPy numbers, and paths. `.safetensors` files are a dict of tensors.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(_missing(path))
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as load_safetensors
+
+        try:
+            return load_safetensors(path)
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = _refused_globals(path, str(error))
+        if not refused:
+            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+        raise ValueError(
+            f"checkpoint {path} would run code when loaded: it holds {', '.join(refused)}. If you trust "
+            "its author, convert it once: torch.save({'model': torch.load(path, weights_only=False)"
+            "['model']}, new_path)"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"checkpoint {path} is damaged or cut off: {error}") from error
+
+
+def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
+    """Local file of a path or an http(s) URL; a URL is downloaded once, to torch.hub's cache.
+
+    All processes call it; rank 0 downloads first, the others find the file, or fetch their machine's.
+    """
+    if not source.startswith(("http://", "https://")):
+        return Path(source)
+    folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
+    # Many releases are called model.pth: the URL's hash keeps them apart.
+    name = source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    target = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{name}"
+    failure = None
+    if distributed.is_main():
+        failure = _download(source, target)
+    failure = distributed.broadcast_object(failure)
+    if failure is None and not distributed.is_main():
+        failure = _download(source, target)
+    if failure is not None:
+        raise ValueError(f"cannot download {source}: {failure}")
+    return target
+
+
+def _download(url: str, target: Path) -> str | None:
+    """Download `url` unless it is there; returns what went wrong."""
+    if target.is_file():
+        return None
+    _LOG.info("downloading %s to %s", url, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), progress=False)
+    except OSError as error:  # urllib's errors are OSErrors
+        return str(error)
+    return None
+
+
+def _write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Call `write(file)` on a temporary file beside `path`, then rename it (no links: SMB has none)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    if os.name == "posix":
+        # The rename itself survives a power cut only once the folder is on disk.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+_PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """ValueError unless `value` is made of tensors and plain data only."""
+    # Exact types: a NumPy float64 is a float, and still a global that safe loading refuses.
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in (str, int, float, bool, type(None)):
+                raise ValueError(f"{where} has the key {key!r} of type {type(key).__name__}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif kind in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif kind not in (*_PLAIN, Tensor, torch.nn.Parameter):
+        raise ValueError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}: checkpoints hold tensors, numbers, "
+            "text, lists and dicts; convert it"
+        )
+
+
+def _missing(path: Path) -> str:
+    """Message about a file that does not exist, with what its folder has."""
+    if not path.parent.is_dir():
+        return f"checkpoint {path} does not exist, nor does its folder"
+    names = [p.name for p in path.parent.iterdir() if p.suffix in (".pth", ".pt", ".safetensors")]
+    return f"checkpoint {path} does not exist; its folder has {nearest(path.name, names) or 'none'}"
+
+
+def _numpy_scalar(dtype: np.dtype, raw: bytes = b"") -> Any:
+    """A NumPy number of a checkpoint as a Python number; objects, which could hide code, are refused."""
+    if dtype.kind not in "biufc":
+        raise pickle.UnpicklingError(f"NumPy scalar of type {dtype}")
+    return np.frombuffer(raw, dtype=dtype, count=1)[0].item()
+
+
+# Everything here can only be filled with data. A pair names the class in the file that it stands for.
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (np.dtype, "numpy.dtype"),
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDG"},
+    *(
+        (pure, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for pure, name in (
+            (pathlib.PurePosixPath, "PosixPath"),
+            (pathlib.PurePosixPath, "PurePosixPath"),
+            (pathlib.PureWindowsPath, "WindowsPath"),
+            (pathlib.PureWindowsPath, "PureWindowsPath"),
+        )
+    ),
+]
+
+
+def _refused_globals(path: Path, message: str) -> list[str]:
+    """Names in the file that safe loading does not know; empty if that is not what went wrong."""
+    # Files of before PyTorch 1.6 cannot be scanned: there, the message names the first one.
+    found = re.findall(r"(?i)unsupported (?:global: )?(?:global|class) ([\w.]+)", message)
+    with suppress(ValueError, RuntimeError), torch.serialization.safe_globals(_SAFE_GLOBALS):
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path) or found
+    return sorted(set(found))
+
+
+# -- where a run starts from ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from. kind: scratch | weights (evaluate them) | pretrained | resume."""
+
+    kind: str
+    path: str
+    reason: str  # one line for the log
+
+
+def choose_source(
+    mode: str,
+    last: str | Path,
+    *,
+    resume: str = "",
+    pretrained: str = "",
+    auto_resume: bool = True,
+) -> Source:
+    """Decide where weights come from; looks whether files exist, reads and changes nothing.
+
+    Evaluation and timing use an explicit `resume` and nothing else; training continues `last` of its
+    own output folder if there is one, else `resume`, else starts from `pretrained`, else from scratch.
+
+    Args:
+        mode: train | eval | throughput.
+        last: the last.pth of the run's own output folder.
+
+    Raises:
+        ValueError: the chosen file does not exist, or there is nothing to evaluate.
+    """
+    last = Path(last)
+    if mode == "train":
+        if auto_resume and last.is_file():
+            unused = (
+                f"; --resume {resume} is not used (TRAIN.AUTO_RESUME False would)" if resume else ""
+            )
+            return Source("resume", str(last), f"continuing {last} (auto-resume){unused}")
+        if resume:
+            return Source("resume", _existing(resume), f"continuing {resume} (--resume)")
+        if pretrained:
+            return Source(
+                "pretrained", _existing(pretrained), f"starting from {pretrained} (--pretrained)"
+            )
+        return Source("scratch", "", "starting from scratch")
+    for flag, path in (("--resume", resume), ("--pretrained", pretrained)):
+        if path:
+            return Source("weights", _existing(path), f"weights of {path} ({flag})")
+    if mode == "eval":
+        hint = f"; this run's own is {last}" if last.is_file() else ""
+        raise ValueError(f"--eval has nothing to evaluate: give --resume CHECKPOINT{hint}")
+    return Source("scratch", "", "random weights: neither --resume nor --pretrained is given")
+
+
+def _existing(path: str) -> str:
+    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
+        raise ValueError(_missing(Path(path)))
+    return path
+
+
+# -- the checkpoints of a run --------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Writes last.pth, best.pth and epoch_N.pth of a run, and restores from them.
+
+    All processes call `save` and `resume` together; rank 0 writes.
+
+    Args:
+        folder: usually OUTPUT/<MODEL.NAME>/<TAG>/checkpoints.
+        parts: what is saved and restored, by name: model (unwrapped, so that names have no prefix),
+            optimizer, scheduler, scaler, ema; None where the run has no such part.
+        metric: key of the metrics that selects best.pth; higher is better.
+        keep: newest numbered checkpoints that stay; 0 keeps all.
+        config_text: YAML text of the run.
+        classes: class names of the dataset.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        parts: Mapping[str, Stateful | None],
+        *,
+        metric: str = "acc1",
+        keep: int = 3,
+        config_text: str = "",
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.folder = Path(folder)
+        self.parts = dict(parts)
+        self.metric = metric
+        self.keep = keep
+        self.best: dict[str, Any] | None = None
+        self._run = {
+            "config": config_text,
+            "classes": [str(name) for name in classes],
+            "git": git_revision(),
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        }
+        if distributed.is_main() and self.folder.is_dir():
+            for leftover in self.folder.glob(".*.pth.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+
+    @property
+    def last(self) -> Path:
+        """The file that an interrupted run continues from."""
+        return self.folder / "last.pth"
+
+    def save(
+        self,
+        progress: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        epoch: int | None = None,
+    ) -> bool:
+        """Write last.pth; best.pth too if `metrics` improve; epoch_{epoch}.pth too if `epoch` is given.
+
+        Args:
+            progress: where training is (epoch, step, position in the epoch), plain data.
+            metrics: of an evaluation of exactly these weights; None if there was none.
+
+        Returns:
+            Whether this is the best checkpoint so far.
+
+        Raises:
+            OSError: rank 0 could not write; raised on every rank, and the old files are intact.
+            ValueError: something is neither a tensor nor plain data, or the metric is missing.
+        """
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        improved = self._improves(metrics)
+        if improved:
+            # Before anything is written: a resumed run must compare with this one, not its precursor.
+            self.best = {
+                "value": metrics[self.metric],
+                "metrics": metrics,
+                "progress": dict(progress),
+            }
+        rng = distributed.all_gather_object(rng_state())
+        failure: Exception | None = None
+        if distributed.is_main():
+            state = {
+                "format": FORMAT,
+                **{n: None if p is None else p.state_dict() for n, p in self.parts.items()},
+                "progress": dict(progress),
+                "rng": rng,
+                "metrics": metrics,
+                "best": self.best,
+                **self._run,
+            }
+            try:
+                self._write(state, improved, epoch)
+            except ValueError as error:  # the others must not wait for a rank 0 that is gone
+                failure = error
+            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+                failure = OSError(f"cannot write checkpoints to {self.folder}: {error}")
+        failure = distributed.broadcast_object(failure)
+        if failure is not None:
+            raise failure
+        return improved
+
+    def resume(self, path: str | Path) -> dict[str, Any]:
+        """Restore all parts and the random generators; returns the saved `progress`.
+
+        Raises:
+            ValueError: the file is no training checkpoint of this format, or does not fit the run.
+        """
+        state = load_file(path)
+        if not isinstance(state, dict) or state.get("format") != FORMAT or "progress" not in state:
+            raise ValueError(
+                f"{path} is no training checkpoint of MixLab (format {FORMAT}): its weights alone load "
+                "with --pretrained"
+            )
+        for name, part in self.parts.items():
+            saved = state.get(name)
+            if part is None:
+                if saved is not None:
+                    _LOG.warning("%s has '%s', which this run does not use", path, name)
+                continue
+            if saved is None:
+                raise ValueError(
+                    f"{path} has no '{name}', which this run needs: train with the settings that the "
+                    "checkpoint was written with, or start from its weights with --pretrained"
+                )
+            try:
+                part.load_state_dict(saved)
+            except (RuntimeError, KeyError, ValueError) as error:
+                raise ValueError(f"'{name}' of {path} does not fit this run: {error}") from error
+        rank, saved_ranks = distributed.get_rank(), len(state["rng"])
+        if saved_ranks == distributed.get_world_size():
+            set_rng_state(state["rng"][rank])
+        else:
+            _LOG.warning(
+                "%s was written by %d processes, now there are %d: random generators keep their seed",
+                path,
+                saved_ranks,
+                distributed.get_world_size(),
+            )
+        self.best = state["best"]
+        return state["progress"]
+
+    def _improves(self, metrics: Mapping[str, float]) -> bool:
+        if not metrics:
+            return False
+        if self.metric not in metrics:
+            raise ValueError(f"metrics have no '{self.metric}', only {sorted(metrics)}")
+        value = metrics[self.metric]
+        return not math.isnan(value) and (self.best is None or value > self.best["value"])
+
+    def _write(self, state: dict[str, Any], improved: bool, epoch: int | None) -> None:
+        # last.pth is renamed to last: if the process dies before, the resumed run makes the others
+        # again, while a last.pth that already knew of a better epoch would never write best.pth.
+        names = ["best.pth"] * improved + [f"epoch_{epoch}.pth"] * (epoch is not None)
+        files = [self.folder / name for name in names] + [self.last]
+        save_checkpoint(files[0], state)
+        for path in files[1:]:
+            with files[0].open("rb") as source:
+                _write_atomically(
+                    path, lambda file, source=source: shutil.copyfileobj(source, file)
+                )
+        if epoch is not None and self.keep > 0:
+            numbered = {
+                int(match.group(1)): path
+                for path in self.folder.glob("epoch_*.pth")
+                if (match := re.fullmatch(r"epoch_(\d+)\.pth", path.name))
+            }
+            # Higher numbers can be of an earlier run in this folder: newest means up to this epoch.
+            for number in sorted(n for n in numbered if n <= epoch)[: -self.keep]:
+                numbered[number].unlink(missing_ok=True)
+
+
+def git_revision() -> str | None:
+    """Commit of this source tree, with -dirty if it is modified; None if it is no git checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
