@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 import models  # noqa: F401  importing it registers every architecture
 from models import registry
+from utils.spelling import nearest
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"  # architecture: a registered name, without regard to case
 _C.MODEL.NAME = "swin_tiny_patch4_window7_224"  # variant: names the output folder
 _C.MODEL.PRETRAINED = ""  # weights to start from: tables are resized, another head is replaced
+_C.MODEL.PRETRAINED_PARTIAL = False  # accept a file that lacks tensors, or has others
+_C.MODEL.PRETRAINED_EMA = False  # take the averaged weights of a file that holds both
 _C.MODEL.RESUME = ""  # checkpoint to continue, or the file that --eval scores
 _C.MODEL.NUM_CLASSES = None  # None: as many as the data has (1000 without data)
 _C.MODEL.IN_CHANS = 3  # image channels
@@ -313,7 +316,7 @@ def all_keys() -> list[str]:
 def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     """Merge BASE files depth first, then the file itself."""
     if not path.is_file():
-        near = registry.nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
+        near = nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
         named = f" named in BASE of {chain[-1]}" if chain else ""
         raise FileNotFoundError(
             f"config file {path}{named} does not exist; {path.parent} has {near or 'no YAML file'}"
@@ -374,7 +377,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if not isinstance(node, CfgNode) or name not in node:
         raise ValueError(
             f"unknown config key {key} = {value!r} in {source}; "
-            f"did you mean one of {registry.nearest(key, all_keys())[:3]}?"
+            f"did you mean one of {nearest(key, all_keys())[:3]}?"
         )
     if isinstance(node[name], CfgNode):
         keys = list(node[name])

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from utils.spelling import nearest
+
 from . import registry
 from .backbone import Backbone
 
@@ -71,7 +73,7 @@ def list_models() -> list[str]:
 def variant_file(name: str) -> Path:
     """The YAML file of variant `name`; ValueError names the nearest ones."""
     if name not in _variants():
-        close = registry.nearest(name, _variants())
+        close = nearest(name, _variants())
         raise ValueError(f"no model is named '{name}'; did you mean one of {close}?")
     return _variants()[name]
 

@@ -4,7 +4,8 @@ A backbone takes plain keyword arguments (see `registry.py`), loads the publishe
 `strict=True`, and accepts any input size that the paper's arithmetic allows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Last name components of constants of the architecture: recomputed, never taken from a file.
 CONSTANT_BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
@@ -111,12 +114,29 @@ class Backbone(nn.Module):
         """What an explanation tool draws of the last evaluation forward; empty if nothing."""
         return {}
 
+    def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
+        """Full name of a position table -> (special tokens, (h, w), interpolation mode).
+
+        Only for tables whose grid (for a bias table: window) is not square, or not resampled as usual:
+        `models/pretrained.py` finds all others by name and shape.
+        """
+        return {}
+
     # -- for subclasses --------------------------------------------------------------------------
 
     def run_block(self, block: Callable[..., Any], *args: Any) -> Any:
         """`block(*args)`, recomputed in the backward pass when gradient checkpointing is on."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            if torch.compiler.is_compiling():  # buffers change once there, and contexts are refused
+                return checkpoint(block, *args, use_reentrant=False)
+            owner = block if isinstance(block, nn.Module) else self
+            norms = [m for m in owner.modules() if isinstance(m, BATCH_NORMS)]
+            return checkpoint(
+                block,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _frozen_statistics(norms)),
+            )
         return block(*args)
 
     def run_blocks(self, blocks: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
@@ -124,6 +144,20 @@ class Backbone(nn.Module):
         for block in blocks:
             x = self.run_block(block, x)
         return x
+
+
+@contextmanager
+def _frozen_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Batch norms use the statistics of the batch, but do not count it a second time."""
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in kept:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if count is None else count.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _keep_constant_buffers(

@@ -4,13 +4,14 @@
 keyword `embed_dim: int = 96`: the signature is the only home of a hyper-parameter and its default.
 """
 
-import difflib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from utils.spelling import nearest
 
 # Keywords that every backbone takes from the shared keys MODEL.* and DATA.*, not from its own node.
 SHARED_KEYWORDS = ("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate")
@@ -67,13 +68,6 @@ def find(name: str) -> Entry:
             f"All: {sorted(_ENTRIES)}"
         )
     return entry
-
-
-def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """The choices spelt most like `word`, case aside; all of them (sorted) if none is close."""
-    spelling = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(word.lower(), spelling, n=count)
-    return [spelling[c] for c in close] or sorted(spelling.values())
 
 
 def entries() -> list[Entry]:

@@ -36,6 +36,20 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
     """Half-spectrum filters (h, w, F, 2) -> (*new, F, 2), corners aligned (DFFormer's recipe)."""
     if tuple(filters.shape[:2]) == tuple(new):
         return filters
-    grid = filters.flatten(2).permute(2, 0, 1)[None]  # 1, 2F, h, w
-    grid = F.interpolate(grid.float(), new, mode="bicubic", align_corners=True)
-    return grid[0].permute(1, 2, 0).unflatten(2, (-1, 2)).to(filters.dtype)
+    dtype = torch.promote_types(filters.dtype, torch.float32)
+    # One matrix per axis: ten times faster than `interpolate` on the many channels of a global
+    # filter, so that every forward pass can do it; half precision would blur the filters.
+    with torch.autocast(filters.device.type, enabled=False):
+        rows, columns = (
+            _bicubic_matrix(old, size, filters.device).to(dtype)
+            for old, size in zip(filters.shape[:2], new, strict=True)
+        )
+        grid = rows @ filters.to(dtype).flatten(1)
+        grid = columns @ grid.unflatten(1, (filters.shape[1], -1))  # new[0], new[1], 2F
+        return grid.unflatten(2, (-1, 2)).to(filters.dtype)
+
+
+def _bicubic_matrix(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old): what bicubic interpolation with aligned corners does to each unit vector."""
+    units = torch.eye(old, device=device)[None, :, :, None]
+    return F.interpolate(units, (new, 1), mode="bicubic", align_corners=True)[0, :, :, 0].t()

@@ -1,0 +1,56 @@
+"""Resized tables that are kept while nothing writes to the table that they come from."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class TableCache:
+    """One resized copy per table, made again for another size or after any change of the table.
+
+    A copy of the cache (of the model that owns it) is empty, and so is a pickled one.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[tuple[int, int], int, Tensor, Tensor]] = {}
+
+    def get(
+        self, name: str, table: Tensor, size: tuple[int, int], resize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`resize(table)`, computed or kept; `name` and `size` must determine what `resize` does.
+
+        Nothing is kept where the table needs a gradient, or where the compiler records the operations.
+        """
+        learns = table.requires_grad and torch.is_grad_enabled()
+        if learns or table.is_inference() or torch.compiler.is_compiling():
+            return resize(table)
+        entry = self._entries.get(name)
+        if entry is None or not _is_current(entry, table, size):
+            # An inference tensor kept here could not be used by a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                entry = (size, table._version, table.detach(), resize(table))
+            self._entries[name] = entry
+        return entry[3]
+
+    def clear(self) -> None:
+        """Forget all copies; for changes that bypass autograd's bookkeeping (`table.data`)."""
+        self._entries.clear()
+
+    def __deepcopy__(self, memo: dict) -> "TableCache":
+        return TableCache()
+
+    def __reduce__(self) -> tuple:
+        return TableCache, ()
+
+
+def _is_current(entry: tuple, table: Tensor, size: tuple[int, int]) -> bool:
+    made_for, version, source, _ = entry
+    # A write raises the version. A move changes the address: the old storage, alive in `source`,
+    # cannot have been handed out again.
+    return (
+        made_for == size
+        and version == table._version
+        and source.data_ptr() == table.data_ptr()
+        and (source.dtype, source.device) == (table.dtype, table.device)
+    )

@@ -1,0 +1,321 @@
+"""Published weights into a model: any container, name prefix, image size and class count.
+
+What was loaded, resized and left out is reported; what does not fit is an error, unless asked for.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from utils.checkpoint import fetch, load_file
+from utils.spelling import nearest
+from utils.wrappers import unwrap
+
+from .backbone import CONSTANT_BUFFERS, Backbone
+from .layers.resize import resize_bias_table, resize_complex_filter, resize_position_grid
+
+_LOG = logging.getLogger(__name__)
+
+_CONTAINERS = ("model", "state_dict", "module")
+_EMA_CONTAINERS = ("ema", "model_ema", "state_dict_ema")
+# DDP, torch.compile, contrastive and masked pre-training (MoBY, SimMIM), detectors.
+_PREFIXES = ("module", "_orig_mod", "encoder", "backbone")
+# Where a model without classes has no classifier to ask for its name.
+_HEAD_NAMES = ("head", "head_dist", "classifier", "fc")
+
+
+@dataclass
+class LoadReport:
+    """What became of the tensors of a file and of a model.
+
+    Attributes:
+        source: the file, and the container in it.
+        loaded: tensors of the model that came from the file, resized ones included.
+        missing: names in the model that the file lacks; they keep their fresh values.
+        unexpected: names in the file that the model lacks.
+        resized: name -> (shape in the file, shape in the model).
+        head_replaced: names of the model's classifier that stayed fresh, or of the file's that a model
+            without classifier left out.
+    """
+
+    source: str
+    loaded: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    head_replaced: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.loaded} tensors loaded"]
+        if self.resized:
+            sizes = sorted({f"{old} -> {new}" for old, new in self.resized.values()})
+            lines.append(f"  resized {len(self.resized)}: {_short(self.resized)}; {_short(sizes)}")
+        if self.head_replaced:
+            lines.append(f"  classifier not taken from the file: {_short(self.head_replaced)}")
+        if self.missing:
+            lines.append(f"  not in the file, fresh: {_short(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  not in the model, left out: {_short(self.unexpected)}")
+        return "\n".join(lines)
+
+
+def load_pretrained(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    *,
+    name: str = "",
+    allow_partial: bool = False,
+    use_ema: bool = False,
+    resize: bool = True,
+    new_head: bool = True,
+) -> LoadReport:
+    """Load published weights into `model`, in place, and log what happened.
+
+    Position tables, bias tables and Fourier filters of another size are resampled by their papers'
+    recipes. A classifier of another class count, or one that the file lacks, stays as the model built
+    it: call this before training, on a fresh model.
+
+    Args:
+        model: may be wrapped (DDP, torch.compile).
+        source: a file, an http(s) URL, or the content of a file.
+        name: what messages call the source; its path if empty.
+        allow_partial: tolerate missing and unexpected names and, for those, other shapes.
+        use_ema: take the averaged weights that the file has beside the plain ones.
+        resize: False refuses tables of another size.
+        new_head: False refuses a file whose classifier does not fit: for evaluation.
+
+    Raises:
+        ValueError: there is no such file, it is unsafe or damaged, it has no (EMA) weights, or names or
+            shapes do not fit; never loads a part before it raises.
+    """
+    model = unwrap(model)
+    if isinstance(source, Mapping):
+        content = source
+    else:
+        content = load_file(fetch(str(source)))
+        name = name or str(source)
+    name = name or "the given state"
+    weights, where = find_weights(content, use_ema, name)
+    report = LoadReport(f"{name}{where}")
+    own = {n: t for n, t in model.state_dict().items() if not _is_constant(n)}
+    weights = {n: t for n, t in strip_prefixes(weights, own, name).items() if not _is_constant(n)}
+    if own and not weights.keys() & own.keys():
+        raise ValueError(
+            f"{name} has no tensor of this model: it has {_short(sorted(weights), 3)}, "
+            f"{type(model).__name__} has {_short(sorted(own), 3)}"
+        )
+    head = _head_prefixes(model)
+    _replace_head(weights, own, head, report)
+    misfits = {}
+    grids = model.position_tables() if isinstance(model, Backbone) else {}
+    for key in sorted(weights.keys() & own.keys()):
+        old, new = weights[key], own[key]
+        if old.shape == new.shape:
+            continue
+        table = _resize(key, old, tuple(new.shape), grids.get(key)) if resize else None
+        if table is None:
+            misfits[key] = f"{key} {tuple(old.shape)} instead of {tuple(new.shape)}"
+            del weights[key]
+        else:
+            weights[key] = table
+            report.resized[key] = (tuple(old.shape), tuple(new.shape))
+    fresh_head = set(report.head_replaced)
+    report.missing = sorted(own.keys() - weights.keys() - fresh_head)
+    report.unexpected = sorted(weights.keys() - own.keys())
+    report.loaded = len(own.keys() & weights.keys())
+    # A model without classifier (dense tasks) cannot have a fresh one by mistake.
+    new_head = new_head or not fresh_head & own.keys()
+    _refuse_misfits(report, misfits, allow_partial, new_head)
+    # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
+    model.load_state_dict({k: weights[k] for k in own.keys() & weights.keys()}, strict=False)
+    _LOG.info("%s", report)
+    return report
+
+
+def has_averaged_weights(content: Any) -> bool:
+    """Whether a checkpoint's content has averaged weights, so that `use_ema` would find them."""
+    return isinstance(content, Mapping) and any(
+        isinstance(content.get(key), Mapping) for key in _EMA_CONTAINERS
+    )
+
+
+def find_weights(
+    content: Any, use_ema: bool = False, name: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], str]:
+    """The state dict inside a checkpoint's content, and where it was (` [model]`).
+
+    Raises:
+        ValueError: there is none, or no averaged one although `use_ema`.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of tensors")
+    keys = _EMA_CONTAINERS if use_ema else _CONTAINERS
+    for key in keys:
+        if isinstance(content.get(key), Mapping):
+            # The averaged weights can be wrapped once more, as in {"model_ema": {"module": ...}}.
+            inner, where = find_weights(content[key], False, name)
+            return inner, f" [{key}]{where}"
+    if use_ema:
+        raise ValueError(
+            f"{name} has no averaged weights under any of {list(keys)}; "
+            f"it has {_short(sorted(map(str, content)))}"
+        )
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        averaged = [key for key in _EMA_CONTAINERS if key in content]
+        hint = f"; ask for the averaged ones under {averaged}" if averaged else ""
+        raise ValueError(
+            f"{name} has no weights: none of {list(keys)} and no tensor, "
+            f"only {_short(sorted(map(str, content)))}{hint}"
+        )
+    return tensors, ""
+
+
+def strip_prefixes(
+    weights: Mapping[str, Tensor], own: Mapping[str, Any], name: str = "the checkpoint"
+) -> dict[str, Tensor]:
+    """Take wrappers' prefixes off names, as often as they are there, until the model knows the name.
+
+    Raises:
+        ValueError: two tensors end up with one name.
+    """
+    stripped: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for key, tensor in weights.items():
+        short = key
+        while short not in own and short.split(".", 1)[0] in _PREFIXES and "." in short:
+            short = short.split(".", 1)[1]
+        if short in stripped:
+            raise ValueError(
+                f"{name}: {key} and {origin[short]} are both '{short}' without their prefixes; "
+                "save the part that you want into a file of its own"
+            )
+        stripped[short], origin[short] = tensor, key
+    return stripped
+
+
+def _is_constant(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in CONSTANT_BUFFERS
+
+
+def _head_prefixes(model: nn.Module) -> list[str]:
+    """Names of the modules that the model calls its classifier; it may have several (DeiT distilled)."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    found = model.get_classifier()
+    heads = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+    return [name for name, module in model.named_modules() if any(module is h for h in heads)]
+
+
+def _is_under(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _replace_head(
+    weights: dict[str, Tensor], own: Mapping[str, Tensor], head: list[str], report: LoadReport
+) -> None:
+    """Drop the file's classifier where it does not fit, as a whole: half of one is no use."""
+    ours = {name for name in own if _is_under(name, head)}
+    if ours:
+        if all(name in weights and weights[name].shape == own[name].shape for name in ours):
+            return
+        report.head_replaced = sorted(ours)
+        dropped = [name for name in weights if _is_under(name, head)]
+    else:
+        dropped = [
+            name
+            for name in weights
+            if _is_under(name, {*head, *_HEAD_NAMES} - {""}) and name not in own
+        ]
+        report.head_replaced = sorted(dropped)
+    for name in dropped:
+        del weights[name]
+
+
+def _resize(
+    key: str, old: Tensor, new: tuple[int, ...], grid: tuple[int, tuple[int, int], str] | None
+) -> Tensor | None:
+    """Table `old` of the file in the model's shape `new`, or None if it is none that can be resampled.
+
+    The file's grid is taken to be square. So is the model's, unless it says otherwise: `grid` is
+    (special tokens, (h, w), interpolation mode).
+    """
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf == "absolute_pos_embed" or leaf.rstrip("1234") == "pos_embed":
+        if old.ndim != 3 or len(new) != 3 or old.shape[2] != new[2]:
+            return None
+        # PVT resamples bilinearly and calls its tables pos_embed1 to pos_embed4; ViT and Swin bicubically.
+        mode = "bilinear" if leaf[-1].isdigit() else "bicubic"
+        choices = [(grid[0], grid[1])] if grid else _square_grids(new[1])
+        for num_special, size in choices:
+            side = _root(old.shape[1] - num_special)
+            if side and num_special + size[0] * size[1] == new[1]:
+                mode = grid[2] if grid else mode
+                return resize_position_grid(old, num_special, (side, side), size, mode)
+        return None
+    if leaf == "relative_position_bias_table":
+        if old.ndim != 2 or len(new) != 2 or old.shape[1] != new[1]:
+            return None
+        before = _root(old.shape[0])
+        after = grid[1] if grid else (((_root(new[0]) or 0) + 1) // 2,) * 2
+        if not before or before % 2 == 0 or (2 * after[0] - 1) * (2 * after[1] - 1) != new[0]:
+            return None
+        return resize_bias_table(old, ((before + 1) // 2,) * 2, after)
+    if leaf == "complex_weights" and old.ndim == len(new) == 4 and tuple(old.shape[2:]) == new[2:]:
+        return resize_complex_filter(old, new[:2])
+    return None
+
+
+def _square_grids(length: int) -> list[tuple[int, tuple[int, int]]]:
+    """(special tokens, square grid) that make up a table of `length` entries."""
+    sides = [(num_special, _root(length - num_special)) for num_special in (0, 1, 2)]
+    return [(num_special, (side, side)) for num_special, side in sides if side]
+
+
+def _root(number: int) -> int | None:
+    """Integer square root of a positive square number, else None."""
+    side = math.isqrt(max(number, 0))
+    return side if side and side * side == number else None
+
+
+def _refuse_misfits(
+    report: LoadReport,
+    misfits: Mapping[str, str],
+    allow_partial: bool,
+    new_head: bool,
+) -> None:
+    """ValueError that names everything that does not fit at once, unless it was asked for."""
+    problems = []
+    if misfits and not allow_partial:
+        problems.append(f"other shapes: {_short(misfits.values())}")
+    missing = [name for name in report.missing if name not in misfits]
+    if missing and not allow_partial:
+        problems.append(f"missing {len(missing)}: {_short(missing)}")
+    if report.unexpected and not allow_partial:
+        problems.append(f"unexpected {len(report.unexpected)}: {_short(report.unexpected)}")
+        if missing:
+            close = nearest(report.unexpected[0], missing)[:3]
+            problems.append(f"is '{report.unexpected[0]}' meant to be one of {close}?")
+    if report.head_replaced and not new_head:
+        problems.append(f"the classifier does not fit: {_short(report.head_replaced)}")
+    if problems:
+        raise ValueError(
+            f"{report.source} does not fit the model; "
+            + "; ".join(problems)
+            + ". Check MODEL.TYPE, its "
+            "sizes and MODEL.NUM_CLASSES, or allow a partial load"
+        )
+    if misfits and not report.loaded:
+        raise ValueError(f"{report.source}: no tensor fits the model; {_short(misfits.values())}")
+
+
+def _short(names: Iterable[str], count: int = 8) -> str:
+    """The first `count` names, and how many more there are."""
+    names = list(names)
+    more = f", and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,0 +1,277 @@
+import argparse
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from yacs.config import CfgNode
+
+from models import Backbone
+from models.layers.resize import (
+    resize_bias_table,
+    resize_complex_filter,
+    resize_position_grid,
+)
+from models.pretrained import LoadReport, find_weights, has_averaged_weights, load_pretrained
+
+
+class Tables(nn.Module):
+    """Tables with a spatial meaning, as the lineage calls them."""
+
+    def __init__(self, grid=4, window=4, num_special=1):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.randn(1, num_special + grid**2, 6))
+        self.pos_embed1 = nn.Parameter(torch.randn(1, grid**2, 6))
+        self.absolute_pos_embed = nn.Parameter(torch.randn(1, grid**2, 6))
+        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, 3))
+        self.complex_weights = nn.Parameter(torch.randn(grid, grid // 2 + 1, 5, 2))
+        self.register_buffer("relative_position_index", torch.full((window**2, 2), window))
+
+
+class Toy(Backbone):
+    def __init__(self, num_classes=5, grids=None, **sizes):
+        super().__init__()
+        self.num_classes = num_classes
+        self.tables = Tables(**sizes)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, num_classes) if num_classes else nn.Identity()
+        self.grids = grids or {}
+
+    def get_classifier(self):
+        return self.head
+
+    def position_tables(self):
+        return self.grids
+
+
+@pytest.fixture
+def trained():
+    torch.manual_seed(1)
+    return Toy().state_dict()
+
+
+def is_loaded(model, state, but=()):
+    own = model.state_dict()
+    return all(torch.equal(own[n], t) for n, t in state.items() if not n.startswith(but))
+
+
+def prefixed(state, prefix):
+    return OrderedDict((prefix + name, tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("container", ["model", "state_dict", None])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "module.",
+        "_orig_mod.",
+        "encoder.",
+        "backbone.",
+        "module._orig_mod.",
+        "_orig_mod.module.encoder.",
+    ],
+)
+def test_every_container_and_prefix_loads(tmp_path, trained, container, prefix):
+    """Traps 9 and 16: MoBY's `encoder.`, torch.compile's `_orig_mod.`, DDP's `module.`."""
+    state = prefixed(trained, prefix)
+    torch.save({container: state, "epoch": 3} if container else state, tmp_path / "x.pth")
+    model = Toy()
+    report = load_pretrained(model, tmp_path / "x.pth")
+    assert is_loaded(model, trained)
+    assert report.loaded == len(trained) - 1, "the index is the model's own"
+    assert report == LoadReport(report.source, report.loaded), "nothing missing, resized, left out"
+
+
+def test_checkpoints_with_their_configs_inside_load(tmp_path, trained):
+    """Trap 10: torch >= 2.6 rejects old checkpoints."""
+    config = CfgNode({"MODEL": {"TYPE": "toy"}})
+    for extra in (
+        {"config": config, "max_accuracy": np.float64(81.3), "lr_scheduler": {"t": 1}},
+        {"args": argparse.Namespace(lr=0.1, opt_betas=None), "scaler": {}},
+    ):
+        torch.save({"model": trained} | extra, tmp_path / "x.pth")
+        model = Toy()
+        load_pretrained(model, tmp_path / "x.pth")
+        assert is_loaded(model, trained)
+
+
+def test_safetensors_load(tmp_path, trained):
+    save_file(trained, tmp_path / "x.safetensors")
+    model = Toy()
+    load_pretrained(model, tmp_path / "x.safetensors")
+    assert is_loaded(model, trained)
+
+
+@pytest.mark.parametrize("key", ["ema", "model_ema", "state_dict_ema"])
+def test_averaged_weights_are_taken_on_request_only(trained, key):
+    averaged = {name: tensor + 1 for name, tensor in trained.items()}
+    content = {"model": trained, key: {"module": averaged} if key == "ema" else averaged}
+    model = Toy()
+    load_pretrained(model, content)
+    assert is_loaded(model, trained)
+    report = load_pretrained(model, content, use_ema=True, name="file.pth")
+    assert is_loaded(model, averaged, but=("tables.relative_position_index",))
+    assert report.source.startswith(f"file.pth [{key}]")
+    assert has_averaged_weights(content)
+    assert not has_averaged_weights({"model": trained, key: None})
+    with pytest.raises(ValueError, match="no averaged weights"):
+        load_pretrained(model, {"model": trained}, use_ema=True)
+
+
+def test_wrapped_models_are_loaded_inside(trained):
+    model = Toy()
+    load_pretrained(nn.DataParallel(torch.compile(model, backend="eager")), trained)
+    assert is_loaded(model, trained)
+
+
+def test_tables_of_another_size_are_resampled(trained, caplog):
+    """Trap 6: fixed input size."""
+    caplog.set_level("INFO")
+    model = Toy(grid=6, window=5)
+    report = load_pretrained(model, {"model": trained})
+    t = {name.removeprefix("tables."): tensor for name, tensor in trained.items()}
+    expected = {
+        "pos_embed": resize_position_grid(t["pos_embed"], 1, (4, 4), (6, 6)),
+        "pos_embed1": resize_position_grid(t["pos_embed1"], 0, (4, 4), (6, 6), "bilinear"),
+        "absolute_pos_embed": resize_position_grid(t["absolute_pos_embed"], 0, (4, 4), (6, 6)),
+        "relative_position_bias_table": resize_bias_table(
+            t["relative_position_bias_table"], (4, 4), (5, 5)
+        ),
+        "complex_weights": resize_complex_filter(t["complex_weights"], (6, 4)),
+    }
+    for name, table in expected.items():
+        assert torch.equal(model.tables.state_dict()[name], table), name
+        assert report.resized[f"tables.{name}"][1] == tuple(table.shape)
+    assert len(report.resized) == len(expected)
+    assert model.tables.relative_position_index[0, 0] == 5, "constants follow the model"
+    assert "resized 5: tables.absolute_pos_embed" in caplog.text
+    with pytest.raises(ValueError, match=r"other shapes: .*pos_embed \(1, 16, 6\) instead of"):
+        load_pretrained(Toy(grid=6), trained, resize=False)
+
+
+@pytest.mark.parametrize("num_special", [0, 1, 2])
+def test_special_tokens_keep_their_place(num_special):
+    state = Toy(num_special=num_special).state_dict()
+    model = Toy(num_special=num_special, grid=8)
+    load_pretrained(model, state)
+    old, new = state["tables.pos_embed"], model.tables.pos_embed
+    assert torch.equal(new[:, :num_special], old[:, :num_special])
+
+
+def test_a_grid_that_is_not_square_is_asked_of_the_model(trained):
+    model = Toy(grids={"tables.pos_embed": (1, (2, 16), "bilinear")})
+    model.tables.pos_embed = nn.Parameter(torch.zeros(1, 33, 6))
+    load_pretrained(model, trained)
+    expected = resize_position_grid(trained["tables.pos_embed"], 1, (4, 4), (2, 16), "bilinear")
+    assert torch.equal(model.tables.pos_embed, expected)
+    model.grids = {}
+    with pytest.raises(ValueError, match="pos_embed"):
+        load_pretrained(model, trained)
+
+
+def test_other_token_or_head_counts_are_not_resampled(trained):
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 17, 6\) instead of \(1, 18, 6\)"):
+        load_pretrained(Toy(num_special=2), trained)
+    wide = Toy(window=5)
+    wide.tables.relative_position_bias_table = nn.Parameter(torch.zeros(81, 4))
+    with pytest.raises(ValueError, match="relative_position_bias_table"):
+        load_pretrained(wide, trained)
+
+
+def test_a_classifier_of_other_classes_stays_fresh(trained, caplog):
+    """Trap 5: number of classes is hard-coded."""
+    caplog.set_level("INFO")
+    model = Toy(num_classes=7)
+    fresh = model.head.weight.clone()
+    report = load_pretrained(model, trained)
+    assert torch.equal(model.head.weight, fresh)
+    assert is_loaded(model, trained, but=("head",))
+    assert report.head_replaced == ["head.bias", "head.weight"]
+    assert "classifier not taken from the file: head.bias, head.weight" in caplog.text
+    with pytest.raises(ValueError, match=r"classifier does not fit: head\.bias"):
+        load_pretrained(model, trained, new_head=False)
+
+
+def test_a_file_without_classifier_starts_a_fresh_one(trained):
+    body = {name: t for name, t in trained.items() if not name.startswith("head")}
+    assert load_pretrained(Toy(), body).head_replaced == ["head.bias", "head.weight"]
+    with pytest.raises(ValueError, match="classifier does not fit"):
+        load_pretrained(Toy(), body, new_head=False)
+
+
+def test_a_model_without_classifier_leaves_the_files_out(trained):
+    model = Toy(num_classes=0)
+    report = load_pretrained(model, trained, new_head=False)
+    assert is_loaded(model, trained, but=("head",)) is True
+    assert report.head_replaced == ["head.bias", "head.weight"]
+
+
+def test_names_that_do_not_match_are_refused_unless_asked_for(trained):
+    """Trap 9: silent strict=False hides that pretrained keys do not match."""
+    state = dict(trained)
+    state["norm.wieght"] = state.pop("norm.weight")
+    model = Toy()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"missing 1: norm\.weight.*unexpected 1: norm\.wieght.*meant"
+    ):
+        load_pretrained(model, state)
+    assert is_loaded(model, before), "nothing is loaded before everything fits"
+    report = load_pretrained(model, state, allow_partial=True)
+    assert (report.missing, report.unexpected) == (["norm.weight"], ["norm.wieght"])
+    assert is_loaded(model, trained, but=("norm.weight",))
+    assert "not in the file, fresh: norm.weight" in str(report)
+
+
+def test_other_shapes_are_refused_unless_asked_for(trained):
+    state = dict(trained) | {"norm.weight": torch.ones(9)}
+    with pytest.raises(ValueError, match=r"other shapes: norm\.weight \(9,\) instead of \(6,\)"):
+        load_pretrained(Toy(), state)
+    report = load_pretrained(Toy(), state, allow_partial=True)
+    assert report.missing == ["norm.weight"]
+
+
+def test_a_file_of_another_model_is_refused_even_if_partial_loads_are_asked_for():
+    with pytest.raises(ValueError, match=r"no tensor of this model: it has conv1\.weight"):
+        load_pretrained(Toy(), {"conv1.weight": torch.ones(1)}, allow_partial=True)
+    with pytest.raises(ValueError, match="no tensor fits"):
+        load_pretrained(Toy(), {"norm.weight": torch.ones(1)}, allow_partial=True)
+
+
+def test_files_without_weights_say_what_they_have():
+    with pytest.raises(
+        ValueError, match=r"only epoch, model_ema.*averaged ones under \['model_ema'\]"
+    ):
+        load_pretrained(Toy(), {"epoch": 1, "model_ema": {"w": torch.ones(1)}})
+    with pytest.raises(ValueError, match="no tensor, only "):
+        load_pretrained(Toy(), {"model": {}})
+    with pytest.raises(ValueError, match="holds a list"):
+        find_weights([torch.ones(1)])
+
+
+def test_two_tensors_with_one_name_are_refused(trained):
+    both = prefixed(trained, "encoder.") | prefixed(trained, "backbone.")
+    with pytest.raises(ValueError, match=r"are both 'tables\.pos_embed' without their prefixes"):
+        load_pretrained(Toy(), both)
+
+
+def test_a_momentum_encoder_beside_the_encoder_is_left_out(trained):
+    """Trap 9: MoBY saves `encoder.` and `encoder_k.` side by side."""
+    both = prefixed(trained, "encoder.") | prefixed(trained, "encoder_k.")
+    with pytest.raises(ValueError, match=r"unexpected \d+: encoder_k\."):
+        load_pretrained(Toy(), both)
+    model = Toy()
+    load_pretrained(model, both, allow_partial=True)
+    assert is_loaded(model, trained)
+
+
+def test_half_precision_weights_become_the_models(trained):
+    model = Toy()
+    load_pretrained(
+        model, {n: t.half() if t.is_floating_point() else t for n, t in trained.items()}
+    )
+    assert model.norm.weight.dtype == torch.float32
+    assert torch.equal(model.tables.pos_embed, trained["tables.pos_embed"].half().float())
