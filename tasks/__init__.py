@@ -1,0 +1,58 @@
+"""What a model is trained for: losses, predictions and metrics, behind one protocol.
+
+A batch is `(inputs, targets)`: inputs is a tensor (B, C, H, W), or a list of tensors (C, H_i, W_i) where
+images keep their own size; targets is anything nested of tensors that the task understands.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from . import classification
+
+__all__ = ["Evaluator", "Task", "build_task"]
+
+
+class Evaluator(Protocol):
+    """Collects predictions of one process; the metrics are those of all processes together."""
+
+    def update(self, output: Any, batch: tuple[Any, Any]) -> None:
+        """Count one batch in, without waiting for the device."""
+
+    def compute(self) -> dict[str, float]:
+        """Metrics by name, percent where they are shares; every sample counts exactly once.
+
+        All processes call it, those without a single batch too, and all get the same numbers.
+        """
+
+
+class Task(Protocol):
+    """Everything that the engine knows about what is learnt."""
+
+    metric: str  # key of `compute()` that selects the best checkpoint: higher is better
+
+    def losses(self, model: nn.Module, batch: tuple[Any, Any]) -> dict[str, Tensor]:
+        """Forward pass in training mode -> {"loss": what to minimise, "loss_x": its parts to log}.
+
+        The model may be wrapped (DDP, torch.compile), and must be called exactly once.
+        """
+
+    def predict(self, model: nn.Module, batch: tuple[Any, Any]) -> Any:
+        """Forward pass in eval mode -> what the evaluator takes."""
+
+    def evaluator(self) -> Evaluator:
+        """A fresh evaluator for one pass over a loader."""
+
+    def describe(self, metrics: dict[str, float]) -> str:
+        """The metrics that a person reads first, as one log line."""
+
+
+_BUILDERS: dict[str, Callable[[Any, int], Task]] = {"classification": classification.build_task}
+
+
+def build_task(config: Any, num_classes: int) -> Task:
+    """The task that TASK names; ValueError for an unknown one."""
+    if config.TASK not in _BUILDERS:
+        raise ValueError(f"TASK='{config.TASK}' must be one of {sorted(_BUILDERS)}")
+    return _BUILDERS[config.TASK](config, num_classes)

@@ -1,0 +1,149 @@
+"""Evaluation and throughput."""
+
+import pytest
+import torch
+from torch import nn
+
+from engine import evaluate, measure_throughput
+from tasks.classification import ClassificationTask
+from utils.amp import Amp
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.drop(self.body(x).mean((2, 3))))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(10, 3, 4, 4, generator=generator)
+    labels = torch.randint(3, (10,), generator=generator)
+    return list(zip(images.split(4), labels.split(4), strict=True))
+
+
+def score(model, **options):
+    task = ClassificationTask(3)
+    return evaluate(model, task, batches(), **(dict(device=CPU, amp=Amp()) | options))
+
+
+def test_evaluation_leaves_no_trace():
+    model = Net().train()
+    model.body[1].eval()  # a frozen batch norm
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = score(model)
+    assert first == score(model)
+    assert model.training
+    assert model.drop.training
+    assert not model.body[1].training
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert first["images"] == 10
+
+
+def test_modes_come_back_after_an_error():
+    model = Net().train()
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="10 of 10 images"):
+        score(model)
+    assert model.drop.training
+
+
+def test_wrappers_are_evaluated_as_the_bare_model():
+    model = Net()
+    calls = []
+
+    class Wrapped(nn.DataParallel):
+        def forward(self, *args):
+            calls.append(args)
+
+    assert score(Wrapped(model)) == score(model)
+    assert not calls
+
+
+def test_half_precision_and_channels_last_agree_with_float32():
+    model = Net()
+    reference = score(model)
+    half = score(model, amp=Amp("cpu", "bf16"), channels_last=True)
+    assert half["loss"] == pytest.approx(reference["loss"], abs=0.02)
+    assert half["loss"] != reference["loss"]
+
+
+def measure(model=None, **options):
+    defaults = dict(batch_size=2, image_size=8, device=CPU, amp=Amp())
+    return measure_throughput(model or Net(), **(defaults | options))
+
+
+def test_throughput_reports_what_it_ran():
+    model = Net().train()
+    result = measure(
+        model, image_size=(8, 12), warmup=2, iterations=3, repeats=4, channels_last=True
+    )
+    assert model.training
+    assert model.drop.training
+    expected = dict(
+        batch_size=2,
+        height=8,
+        width=12,
+        dtype="float32",
+        device="cpu",
+        channels_last=True,
+        peak_memory_kind="process",
+        warmup=2,
+        iterations=3,
+        repeats=4,
+    )
+    assert {key: result[key] for key in expected} == expected
+    assert result["img_per_s_min"] <= result["img_per_s"] <= result["img_per_s_max"]
+    spread = (result["img_per_s_max"] - result["img_per_s_min"]) / result["img_per_s"]
+    assert result["img_per_s_spread"] == pytest.approx(spread)
+    assert 0 < result["latency_ms_p50"] <= result["latency_ms_p95"]
+    assert result["peak_memory_mib"] > 10
+
+
+class Counting(nn.Module):
+    """Counts forwards by batch size, in eval mode and without gradients; each takes its own time."""
+
+    def __init__(self, seconds=0.0):
+        super().__init__()
+        self.seconds, self.sizes, self.clock = seconds, [], 0.0
+
+    def forward(self, x):
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        self.sizes.append(len(x))
+        self.clock += self.seconds * len(x)
+        return x
+
+
+def test_the_default_protocol_is_that_of_swin_with_repeats():
+    model = Counting()
+    result = measure(model, budget_s=1e9)
+    # One pass more of each size looks at the budget.
+    assert model.sizes == [2] * (1 + 50 + 3 * 30) + [1] * (1 + 50 + 3 * 30)
+    assert (result["warmup"], result["iterations"], result["repeats"]) == (50, 30, 3)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 100.0])
+def test_a_slow_model_gets_fewer_passes_and_exact_figures(monkeypatch, caplog, seconds):
+    """On a clock that only the model moves, so that the figures are known."""
+    model = Counting(seconds)
+    monkeypatch.setattr("time.perf_counter", lambda: model.clock)
+    result = measure(model, budget_s=20.0)
+    assert "timing" in caplog.text
+    assert result["warmup"] < 50
+    assert result["img_per_s"] == pytest.approx(1 / seconds)
+    assert result["latency_ms_p50"] == pytest.approx(1000 * seconds)
+    assert result["latency_ms_p95"] == pytest.approx(1000 * seconds)
+    if seconds < 1:
+        assert 10 < model.clock <= 20
+        assert result["latency_passes"] >= 5
+    else:
+        assert model.sizes == [2] * 3 + [1] * 3  # one to plan, one to warm up, one to time
