@@ -1,0 +1,68 @@
+"""Any folder of images, one sub-folder per class; or Swin's two zip files of the same images."""
+
+from pathlib import Path
+
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from data.registry import ImageDataset, check_same_classes, missing, register_dataset
+from data.zipped import ZippedImages
+
+LAYOUT = "train/<class>/<image> and val/<class>/<image>"
+
+
+@register_dataset("imagenet", "folder")
+def imagenet(root: str, split: str, *, zip_mode: bool = False) -> ImageDataset:
+    """`root/<split>/<class>/<image>`, or `root/<split>.zip` with `root/<split>_map.txt`."""
+    return ZippedImages(Path(root), split) if zip_mode else FolderImages(Path(root), split)
+
+
+class FolderImages(ImageDataset):
+    """One folder per class, numbered in alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a class has no image.
+        ValueError: the other split is there too, and has other classes.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        if not (root / split).is_dir():
+            missing(root / split, LAYOUT)
+        self._folder = _Folder(root / split, loader=_load)
+        self.classes = self._folder.classes
+        other = root / ("val" if split == "train" else "train")
+        if other.is_dir():
+            names = self._folder.find_classes(other)[0]
+            train, val = (self.classes, names) if split == "train" else (names, self.classes)
+            check_same_classes(train, val, str(root))
+
+    def __len__(self) -> int:
+        return len(self._folder)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._folder[index]
+
+    def describe(self, index: int) -> str:
+        return self._folder.samples[index][0]
+
+
+class _Folder(ImageFolder):
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Sub-folders without the hidden ones, which editors leave (`.ipynb_checkpoints`)."""
+        names = sorted(
+            entry.name
+            for entry in Path(directory).iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+        if not names:
+            raise FileNotFoundError(
+                f"{directory} has no class folders; DATA.DATA_PATH must hold {LAYOUT}"
+            )
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _load(path: str) -> Image.Image:
+    # Decoded here, so that the file is closed and a damaged one is noticed as this sample's.
+    with Image.open(path) as image:
+        image.load()
+        return image

@@ -1,0 +1,119 @@
+"""Which dataset formats exist, and what each of them provides.
+
+A format is one file in `data/formats/` with a builder of plain values:
+
+    @register_dataset("cifar10")
+    def cifar10(root: str, split: str, *, an_option: int = 0) -> ImageDataset: ...
+
+An option is a keyword argument, and gets its value by its name: `img_size`, `in_chans`, `zip_mode`, or
+a key of the format's own config node (`DATA.SYNTHETIC.TRAIN_SIZE` -> `train_size` of "synthetic").
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from utils.spelling import nearest
+
+SPLITS = ("train", "val")
+
+_BUILDERS: dict[str, Callable[..., "ImageDataset"]] = {}
+
+
+class ImageDataset(Dataset):
+    """Images as they are stored; conversion, augmentation and batches are made on top.
+
+    Attributes:
+        classes: one name per label 0 ... len(classes) - 1.
+    """
+
+    classes: list[str]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
+        """Image of any mode, or uint8 array (H, W) or (H, W, C), and its label."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Where a sample comes from, for messages: its file if it has one."""
+        return f"image {index} of {len(self)}"
+
+    def cache(self, indices: Sequence[int]) -> None:
+        """Keep these samples in memory; called once, before workers start. Does nothing by default."""
+
+
+def register_dataset(*names: str) -> Callable[[Callable[..., ImageDataset]], Callable]:
+    """Decorator: make a builder known as DATA.DATASET under each of `names`.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+
+    def decorate(builder: Callable[..., ImageDataset]) -> Callable[..., ImageDataset]:
+        for name in names:
+            if name.lower() in _BUILDERS:
+                raise ValueError(f"DATA.DATASET='{name}' is registered twice")
+            _BUILDERS[name.lower()] = builder
+        return builder
+
+    return decorate
+
+
+def list_datasets() -> list[str]:
+    """All names that DATA.DATASET may have."""
+    return sorted(_BUILDERS)
+
+
+def dataset_options(name: str) -> set[str]:
+    """Keyword arguments of a format's builder; ValueError for an unknown format."""
+    parameters = list(inspect.signature(_find(name)).parameters)
+    return set(parameters[2:])
+
+
+def create_dataset(name: str, root: str, split: str, **options: Any) -> ImageDataset:
+    """The images of one split ("train" or "val").
+
+    Raises:
+        ValueError: unknown name or split, or the files do not hold what the format asks for.
+        FileNotFoundError: files or folders of the format are missing.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split='{split}' must be one of {SPLITS}")
+    return _find(name)(root, split, **options)
+
+
+def _find(name: str) -> Callable[..., ImageDataset]:
+    builder = _BUILDERS.get(name.lower())
+    if builder is None:
+        raise ValueError(
+            f"DATA.DATASET='{name}' is not a known format; did you mean one of "
+            f"{nearest(name, _BUILDERS)}? All: {list_datasets()}"
+        )
+    return builder
+
+
+def check_same_classes(train: Sequence[str], val: Sequence[str], where: str) -> None:
+    """ValueError unless both splits number the same classes in the same way."""
+    if list(train) == list(val):
+        return
+    only_train = sorted(set(train) - set(val))[:5]
+    only_val = sorted(set(val) - set(train))[:5]
+    raise ValueError(
+        f"the splits in {where} have different classes: {len(train)} in train, {len(val)} in val"
+        f"{f', only in train: {only_train}' if only_train else ''}"
+        f"{f', only in val: {only_val}' if only_val else ''}"
+        "; labels would not mean the same, so give both splits the same classes"
+    )
+
+
+def missing(path: Path, layout: str) -> NoReturn:
+    """FileNotFoundError that says what is missing and how the files should lie."""
+    raise FileNotFoundError(f"{path.absolute()} does not exist; DATA.DATA_PATH must hold {layout}")

@@ -1,0 +1,199 @@
+"""Batches: the same for any number of workers, and honest about unreadable images."""
+
+import logging
+import random
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from data import build_dataset  # noqa: F401  registers the formats
+from data.loader import (
+    Loader,
+    Samples,
+    UnreadableImageError,
+    preserved_rng,
+    seed_rng,
+    warn_of_too_many_workers,
+)
+from data.registry import create_dataset
+from data.samplers import EvalBatchSampler, Key, TrainBatchSampler
+from data.transforms import eval_transform, train_transform
+
+STATS = dict(mean=[0.5], std=[0.25])
+
+
+def noise(size=40, per_class=4, side=24):
+    options = dict(img_size=(side, side), train_size=size, num_classes=size // per_class)
+    return create_dataset("synthetic", "", "train", **options)
+
+
+def train_loader(dataset, batch_size=8, num_workers=0, repeats=1, **options):
+    transform = train_transform(
+        (24, 24),
+        color_jitter=0.4,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=0.5,
+        interpolation="random",
+        **STATS,
+    )
+    samples = Samples(dataset, transform, seed=3, training=True, **options)
+    sampler = TrainBatchSampler(len(dataset), batch_size, seed=3, repeats=repeats)
+    return Loader(samples, sampler, num_workers=num_workers)
+
+
+def eval_loader(dataset, batch_size=4, num_workers=0, rank=0, world_size=1, **options):
+    samples = Samples(dataset, eval_transform((24, 24), **STATS), **options)
+    sampler = EvalBatchSampler(len(dataset), batch_size, rank=rank, world_size=world_size)
+    return Loader(samples, sampler, num_workers=num_workers)
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for (images, labels), (other_images, other_labels) in zip(batches, others, strict=True):
+        assert images.equal(other_images)
+        assert labels.equal(other_labels)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_are_the_same_for_any_number_of_workers_and_any_start(num_workers):
+    """Trap 16: after a resume the same batches must come as without it."""
+    alone = train_loader(noise())
+    loader = train_loader(noise(), num_workers=num_workers)
+    for epoch, start in ((0, 0), (1, 2), (7, 0)):
+        alone.set_position(epoch)
+        expected = list(alone)
+        loader.set_position(epoch, start)
+        assert_same(list(loader), expected[start:])
+        assert len(loader) == len(expected) == 5
+
+
+def test_an_epoch_that_was_left_early_does_not_leak_into_the_next():
+    loader = train_loader(noise(), num_workers=2)
+    for _ in loader:
+        break
+    loader.set_position(1)
+    alone = train_loader(noise())
+    alone.set_position(1)
+    assert_same(list(loader), list(alone))
+
+
+def test_a_sample_is_augmented_differently_in_every_epoch_and_copy():
+    samples = train_loader(noise()).dataset
+    images = [samples[key][0] for key in (Key(0, 5), Key(1, 5), Key(0, 5, copy=1), Key(0, 5))]
+    assert images[0].equal(images[3])
+    assert not any(images[0].equal(other) for other in images[1:3])
+
+
+def test_loading_leaves_the_generators_of_the_process_alone():
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    expected = torch.rand(2).tolist(), np.random.rand(), random.random()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    list(train_loader(noise()))
+    assert (torch.rand(2).tolist(), np.random.rand(), random.random()) == expected
+
+
+def test_seeded_generators_are_put_back_after_an_error():
+    state = torch.get_rng_state()
+    with suppress(RuntimeError), preserved_rng():
+        seed_rng(1, 2)
+        raise RuntimeError
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_101_images_once_in_the_same_batches(world_size):
+    """Trap 13: distributed evaluation counts duplicates."""
+    dataset = noise(101, per_class=1)
+    whole = list(eval_loader(dataset, batch_size=8))
+    for rank in range(world_size):
+        part = list(eval_loader(dataset, 8, rank=rank, world_size=world_size))
+        assert_same(part, whole[rank::world_size])
+    assert torch.cat([labels for _, labels in whole]).tolist() == list(range(101))
+    assert whole[-1][0].shape == (5, 3, 24, 24)
+    assert whole[0][1].dtype == torch.int64
+
+
+# -- unreadable images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Twelve JPEG files, the third truncated and the eighth no image at all."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "train" / f"{i // 6}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{i:02d}.jpg"
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(path)
+        if i == 2:
+            path.write_bytes(path.read_bytes()[:-200])
+        if i == 7:
+            path.write_bytes(b"<html>not found</html>")
+    return create_dataset("imagenet", str(tmp_path), "train")
+
+
+def test_truncated_images_are_not_accepted_anywhere():
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("make", [train_loader, eval_loader])
+def test_an_unreadable_image_raises_an_error_that_names_the_file(damaged, make, num_workers):
+    with pytest.raises(UnreadableImageError, match=r"cannot read .*train/(0/02|1/07).jpg: "):
+        list(make(damaged, batch_size=6, num_workers=num_workers))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_can_leave_unreadable_images_out(damaged, num_workers, caplog):
+    with caplog.at_level(logging.WARNING):
+        loader = eval_loader(damaged, batch_size=4, num_workers=num_workers, on_error="skip")
+        batches = list(loader)
+    assert [len(images) for images, _ in batches] == [3, 3, 4]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0] * 5 + [1] * 5
+    assert loader.skipped == 2
+    if not num_workers:
+        assert "02.jpg" in caplog.text
+        assert "07.jpg" in caplog.text
+
+
+def test_a_batch_without_any_readable_image_is_left_out(damaged):
+    loader = eval_loader(damaged, batch_size=1, on_error="skip")
+    assert [len(images) for images, _ in loader] == [1] * 10
+
+
+def test_training_replaces_unreadable_images_by_the_same_ones_in_every_run(damaged):
+    loader = train_loader(damaged, batch_size=6, on_error="skip")
+    batches = list(loader)
+    assert [len(images) for images, _ in batches] == [6, 6]
+    assert loader.skipped == 2
+    workers = train_loader(damaged, batch_size=6, num_workers=2, on_error="skip")
+    assert_same(list(workers), batches)
+    assert workers.skipped == 2
+    plain = Samples(damaged, eval_transform((24, 24), **STATS), training=True, on_error="skip")
+    assert plain[Key(0, 2)][0].equal(plain[Key(0, 3)][0])
+
+
+def test_skipping_gives_up_when_nothing_can_be_read(tmp_path):
+    path = tmp_path / "train" / "a" / "x.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    dataset = create_dataset("imagenet", str(tmp_path), "train")
+    with pytest.raises(UnreadableImageError, match="100 unreadable images in a row"):
+        list(train_loader(dataset, batch_size=1, on_error="skip"))
+
+
+def test_an_unknown_way_to_treat_errors_is_an_error():
+    with pytest.raises(ValueError, match=r"DATA.ON_ERROR='ignore' must be one of"):
+        eval_loader(noise(), on_error="ignore")
+
+
+def test_too_many_workers_are_warned_of_with_the_number_per_process(caplog):
+    """Trap 11: NUM_WORKERS is per process, and too many of them slow each other down."""
+    with caplog.at_level(logging.WARNING):
+        warn_of_too_many_workers(0)
+        assert not caplog.records
+        warn_of_too_many_workers(10_000, local_processes=2)
+    assert "DATA.NUM_WORKERS=10000 is per process: 20000 workers" in caplog.text
