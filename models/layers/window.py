@@ -1,0 +1,403 @@
+"""Attention within (shifted) windows of a map of any size.
+
+Papers:     Swin, arXiv:2103.14030, Sec. 3.2; Swin V2, arXiv:2111.09883, Sec. 3.2 and 3.3
+Shapes:     B batch, C channels, H/W map, w window side, N = w*w tokens of a window, n windows,
+            h heads, d head dim; maps are (B, H, W, C)
+
+Maps that are no multiple of the window are padded at the right and the bottom, and padded keys get
+weight 0. Window and shift follow the map at hand, so a model runs at any size as if it had been built
+for it, its bias table resized.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from .resize import resize_bias_table
+
+# Added to the logits of keys in another region of a shifted window; finite in the released models.
+OTHER_REGION = -100.0
+
+# The largest additive tensor in bytes that one block keeps between evaluation forwards.
+CACHE_LIMIT = 32 * 2**20
+
+
+def effective_window(window_size: int, shift: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Window side and shift on a map (H, W): a window never exceeds the shorter side."""
+    return (window_size, shift) if min(grid) > window_size else (min(grid), 0)
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C), missing neighbours 0.
+
+    Channel blocks in the order of patch merging: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+    """
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 C
+    return x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def relative_position_index(window: int, device: torch.device | None = None) -> Tensor:
+    """Row of the bias table for each (query, key) of a window: (N, N), int64."""
+    place = torch.arange(window, device=device)
+    row, column = place.repeat_interleave(window), place.repeat(window)
+    rows = row[:, None] - row + window - 1
+    columns = column[:, None] - column + window - 1
+    return rows * (2 * window - 1) + columns
+
+
+def relative_coords_table(
+    window: int, pretrained_window: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """Log-spaced offsets (1, 2w-1, 2w-1, 2), rows first (Swin V2, Eq. 4), 8 px = 1.
+
+    Args:
+        pretrained_window: window that the offsets are measured in; 0 takes `window`.
+    """
+    # A window of one token has the offset 0 only, which stays 0 in any unit.
+    unit = max((pretrained_window or window) - 1, 1)
+    offset = torch.arange(1 - window, window, device=device, dtype=torch.float32) * 8 / unit
+    offset = offset.sign() * torch.log2(offset.abs() + 1) / 3
+    return torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1)[None]
+
+
+def window_mask(
+    grid: tuple[int, int],
+    window: int,
+    shift: int,
+    hide_padding: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
+    """What is added to the logits of each window: (n, N, N), float32.
+
+    0 where query and key come from one region of the map, `OTHER_REGION` where the cyclic shift
+    brought them together, -inf at padded keys (every window has a real one, and every query sees it).
+    """
+    regions, padding = [], []
+    for size in grid:
+        length = size + -size % window
+        place = torch.arange(length, device=device)
+        region = (place >= length - window).long() + (place >= length - shift).long()
+        regions.append(region if shift else torch.zeros_like(place))
+        padding.append((place + shift) % length >= size)
+    region = _cut_labels(3 * regions[0][:, None] + regions[1], window)  # n N
+    mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, OTHER_REGION)
+    if hide_padding:
+        padded = _cut_labels(padding[0][:, None] | padding[1], window)
+        mask = mask.masked_fill(padded[:, None, :], -math.inf)
+    return mask
+
+
+def _cut_labels(x: Tensor, window: int) -> Tensor:
+    """(H, W) -> (n, N)."""
+    x = x.unflatten(1, (-1, window)).unflatten(0, (-1, window))
+    return x.transpose(1, 2).reshape(-1, window * window)
+
+
+def cut_windows(x: Tensor, window: int, shift: int, by_image: bool) -> Tensor:
+    """(B, H, W, C) -> padded, shifted windows (B*n, N, 1, C), or (B, N, n, C) if `by_image`."""
+    height, width = x.shape[1:3]
+    if height % window or width % window:
+        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    if shift:
+        x = x.roll((-shift, -shift), (1, 2))
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # B H/w w W/w w C
+    if by_image:
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
+    return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(0, 2)[:, :, None]
+
+
+def join_windows(x: Tensor, grid: tuple[int, int], window: int, shift: int, heads: int) -> Tensor:
+    """Attention output (B*n, h, N, d) or (B, n*h, N, d) -> map (B, H, W, C), padding cut off."""
+    height, width = grid
+    rows, columns = -(-height // window), -(-width // window)
+    x = x.unflatten(2, (window, window))
+    x = x.reshape(-1, rows, columns, heads, window, window, x.shape[-1])
+    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+    if shift:
+        x = x.roll((shift, shift), (1, 2))
+    return x[:, :height, :width]
+
+
+class Windowed(nn.Module):
+    """Attention within windows; subclasses say what the relative position bias is.
+
+    Relative bias, shift mask and padding mask are one tensor for the fused kernel. Evaluation without
+    gradients keeps the last one while map size, dtype, device and the weights behind it stay the
+    same; a write through `.data`, which PyTorch cannot see, shows after the next `eval()`.
+
+    Args:
+        grid: map size (H, W) that the parameters are made for.
+        window_size, shift: of the configuration; see `effective_window`.
+        scale: factor on the logits.
+        fixed_windows: never shrink the window and let padding take part as ordinary keys, as the
+            detection backbone of DFvT does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        window_size: int,
+        shift: int,
+        scale: float,
+        qkv_bias: bool,
+        proj_drop: float,
+        fixed_windows: bool = False,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.grid = grid
+        self.window_size = window_size
+        self.shift = shift
+        self.scale = scale
+        self.fixed_windows = fixed_windows
+        self.window, _ = self.windows_on(grid)
+        self.register_buffer("relative_position_index", relative_position_index(self.window))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._cache: tuple[Any, Tensor] | None = None
+
+    def bias_sources(self) -> list[Tensor]:
+        """The parameters that `relative_bias` reads."""
+        raise NotImplementedError
+
+    def bias_table(self, window: int) -> Tensor:
+        """Bias per head for each offset within windows of side `window`: ((2w-1)**2, h)."""
+        raise NotImplementedError
+
+    def projection_bias(self) -> Tensor | None:
+        """Bias of the projection to q, k, v: (3C,)."""
+        return self.qkv.bias
+
+    def windows_on(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Window side and shift on a map (H, W)."""
+        if self.fixed_windows:
+            return self.window_size, self.shift
+        return effective_window(self.window_size, self.shift, grid)
+
+    def shift_mask(self) -> Tensor | None:
+        """The published buffer `attn_mask`: `window_mask` at the built size of a shifted block."""
+        window, shift = self.windows_on(self.grid)
+        return window_mask(self.grid, window, shift) if shift and not self.fixed_windows else None
+
+    def forward(self, x: Tensor, shift_mask: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); `shift_mask` is a kept copy of `self.shift_mask()`."""
+        grid = (x.shape[1], x.shape[2])
+        window, shift = self.windows_on(grid)
+        padded = any(side % window for side in grid) and not self.fixed_windows
+        masked = bool(shift) or padded
+        # With masks all windows of an image share one batch entry, so that one mask per window
+        # broadcasts over the batch.
+        q, k, v = self.project(cut_windows(x, window, shift, by_image=masked))
+        bias = self._additive(grid, masked, shift_mask if grid == self.grid else None, q)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj_drop(self.proj(join_windows(x, grid, window, shift, self.num_heads)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows (G, N, M, C) -> q, k, v (G, M*h, N, d), all views of one matrix product."""
+        weight, bias, heads = self.qkv.weight, self.projection_bias(), self.num_heads
+        if x.shape[2] == 1:
+            x = F.linear(x[:, :, 0], weight, bias).unflatten(2, (3, heads, -1))  # G N 3 h d
+            q, k, v = x.unbind(2)
+        else:
+            # With the rows of the weight head by head, windows and heads merge without a copy.
+            weight = weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+            if bias is not None:
+                bias = bias.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten()
+            x = F.linear(x, weight, bias).unflatten(3, (heads, 3, -1))  # G N M h 3 d
+            q, k, v = x.flatten(2, 3).unbind(3)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def relative_bias(self, window: int) -> Tensor:
+        """What relative positions add to the logits of windows of side `window`: (h, N, N)."""
+        table, index = self.bias_table(window), self.relative_position_index
+        if window != self.window:
+            index = relative_position_index(window, table.device)
+        return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+
+    def _additive(
+        self, grid: tuple[int, int], masked: bool, mask: Tensor | None, like: Tensor
+    ) -> Tensor:
+        """`_build_additive`, or the kept result of the last call."""
+        sources = self.bias_sources()
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(tensor.is_inference() for tensor in sources)
+        ):
+            return self._build_additive(grid, masked, mask, like)
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
+        key = (grid, like.dtype, like.device, versions)
+        if self._cache is not None and self._cache[0] == key:
+            return self._cache[1]
+        bias = self._build_additive(grid, masked, mask, like)
+        # Only plain tensors: those of a fake or functional mode must not outlive it.
+        fits = type(bias) is Tensor and bias.numel() * bias.element_size() <= CACHE_LIMIT
+        self._cache = (key, bias) if fits else None
+        return bias
+
+    def _build_additive(
+        self, grid: tuple[int, int], masked: bool, mask: Tensor | None, like: Tensor
+    ) -> Tensor:
+        """Relative bias, (1, h, N, N), or with masks, (1, n*h, N, N), in the dtype of `like`."""
+        window, shift = self.windows_on(grid)
+        bias = self.relative_bias(window)
+        if masked:
+            if mask is None:
+                mask = window_mask(grid, window, shift, not self.fixed_windows, like.device)
+            bias = (bias + mask[:, None]).flatten(0, 1)
+        bias = bias.to(like.dtype)
+        if like.is_cuda:
+            # Rows of a multiple of 16 elements; otherwise the fused kernel copies them at each call.
+            tokens = bias.shape[-1]
+            bias = F.pad(bias, (0, -tokens % 16))[..., :tokens]
+        return bias[None]
+
+    def train(self, mode: bool = True) -> "Windowed":
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}
+
+
+class WindowAttention(Windowed):
+    """Multi-head attention within windows, with a learned bias per offset (Swin, Eq. 4).
+
+    Shapes: (B, H, W, C) -> (B, H, W, C), any H and W.
+
+    Args:
+        qk_scale: replaces the factor head_dim ** -0.5 on the logits.
+        others: see `Windowed`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        window_size: int,
+        shift: int = 0,
+        *,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        fixed_windows: bool = False,
+    ):
+        scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        super().__init__(
+            dim, num_heads, grid, window_size, shift, scale, qkv_bias, proj_drop, fixed_windows
+        )
+        table = torch.empty((2 * self.window - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(trunc_normal_(table, std=0.02))
+
+    def bias_sources(self) -> list[Tensor]:
+        return [self.relative_position_bias_table]
+
+    def bias_table(self, window: int) -> Tensor:
+        return resize_bias_table(
+            self.relative_position_bias_table, (self.window, self.window), (window, window)
+        )
+
+
+class CosineWindowAttention(Windowed):
+    """Scaled cosine attention with a bias computed from log-spaced offsets (Swin V2, Eq. 2-4).
+
+    Shapes: (B, H, W, C) -> (B, H, W, C), any H and W.
+
+    Args:
+        pretrained_window: window that the bias network was trained with; 0 takes the one at hand.
+        others: see `Windowed`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        window_size: int,
+        shift: int = 0,
+        *,
+        qkv_bias: bool = True,
+        pretrained_window: int = 0,
+        proj_drop: float = 0.0,
+    ):
+        # The factor on the logits is learned and applied to q.
+        super().__init__(dim, num_heads, grid, window_size, shift, 1.0, False, proj_drop)
+        self.pretrained_window = pretrained_window
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, 512), nn.ReLU(inplace=True), nn.Linear(512, num_heads, bias=False)
+        )
+        self.register_buffer(
+            "relative_coords_table", relative_coords_table(self.window, pretrained_window)
+        )
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+
+    def bias_sources(self) -> list[Tensor]:
+        return list(self.cpb_mlp.parameters())
+
+    def bias_table(self, window: int) -> Tensor:
+        coords = self.relative_coords_table
+        if window != self.window:
+            coords = relative_coords_table(window, self.pretrained_window, coords.device)
+        table = self.cpb_mlp(coords.to(self.cpb_mlp[0].weight.dtype))
+        return 16 * table.flatten(0, 2).sigmoid()
+
+    def projection_bias(self) -> Tensor | None:
+        if self.q_bias is None or self.v_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp().repeat(x.shape[2], 1, 1)
+        # Under autocast the norms are float32; the kernel wants one dtype.
+        q = (F.normalize(q, dim=-1) * scale).to(v.dtype)
+        return q, F.normalize(k, dim=-1).to(v.dtype), v
+
+
+class WindowMlp(nn.Conv1d):
+    """One matrix over the tokens of a window per head (Swin-MLP): parameters of a grouped Conv1d.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C). The map is padded with zeros, which a linear map ignores; a
+    shift moves the windows by padding at the left and the top.
+
+    Args:
+        grid: map size (H, W) that the parameters are made for. They cannot be resized, so the
+            window is the same on every map.
+    """
+
+    def __init__(
+        self, num_heads: int, grid: tuple[int, int], window_size: int, shifted: bool = False
+    ):
+        window = min(window_size, *grid)
+        channels = num_heads * window**2
+        super().__init__(channels, channels, kernel_size=1, groups=num_heads)
+        self.window = window
+        self.shift = window // 2 if shifted else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        window, heads = self.window, self.groups
+        start = window - self.shift if self.shift and min(height, width) > window else 0
+        right, bottom = -(width + start) % window, -(height + start) % window
+        x = F.pad(x, (0, 0, start, right, start, bottom))
+        # Heads first and windows beside the channels: one batched product for all windows.
+        x = x.unflatten(3, (heads, -1)).unflatten(2, (-1, window)).unflatten(1, (-1, window))
+        x = x.permute(5, 2, 4, 0, 1, 3, 6)  # h w w B H/w W/w d
+        shape = x.shape
+        x = x.flatten(3).flatten(1, 2)  # h N B*n*d
+        weight, bias = self.weight.view(heads, -1, window**2), self.bias.view(heads, -1, 1)
+        x = torch.baddbmm(bias, weight, x).view(shape)
+        x = x.permute(3, 4, 1, 5, 2, 0, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+        return x[:, start : start + height, start : start + width]

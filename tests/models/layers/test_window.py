@@ -1,0 +1,234 @@
+"""Windows of any map: equal to loops over pixels, masks as published, and never a stale bias."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.layers.window import (
+    CosineWindowAttention,
+    WindowAttention,
+    WindowMlp,
+    relative_coords_table,
+    relative_position_index,
+    space_to_depth,
+    window_mask,
+)
+from tests.reference.window_attention import window_attention
+
+# Map, configured window, shift, windows as in DFvT's detection backbone.
+CASES = [
+    ((6, 6), 3, 0, False),
+    ((6, 6), 3, 1, False),
+    ((5, 7), 3, 0, False),
+    ((5, 7), 3, 1, False),
+    ((7, 5), 4, 2, False),
+    ((3, 7), 4, 2, False),
+    ((1, 5), 4, 2, False),
+    ((5, 7), 3, 1, True),
+    ((2, 5), 3, 1, True),
+]
+
+
+def attention(cls, grid, window_size, shift, fixed_windows=False):
+    kwargs = dict(fixed_windows=True) if fixed_windows else {}
+    module = cls(8, 2, grid, window_size, shift, **kwargs)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def literal(module, x):
+    """`module(x)` by loops, in float32."""
+    heads, size = module.num_heads, tuple(x.shape[1:3])
+    if module.fixed_windows:
+        window, shift = module.window_size, module.shift
+    elif min(size) <= module.window_size:
+        window, shift = min(size), 0
+    else:
+        window, shift = module.window_size, module.shift
+    x = F.pad(x.float(), (0, 0, 0, -size[1] % window, 0, -size[0] % window))
+    bias = module.projection_bias()
+    x = F.linear(x, module.qkv.weight.float(), None if bias is None else bias.float())
+    q, k, v = x.unflatten(-1, (3, heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    if isinstance(module, CosineWindowAttention):
+        scale = module.logit_scale.float().clamp(max=math.log(100)).exp()
+        q, k = F.normalize(q, dim=-1) * scale[..., None], F.normalize(k, dim=-1)
+        first, _, last = module.cpb_mlp
+        coords = relative_coords_table(window, module.pretrained_window)
+        hidden = F.linear(coords, first.weight.float(), first.bias.float()).relu()
+        table = 16 * F.linear(hidden, last.weight.float()).sigmoid()[0].permute(2, 0, 1)
+    else:
+        q = q * module.scale
+        table = module.bias_table(window).float().t().unflatten(1, (2 * window - 1, -1))
+    x = window_attention(q, k, v, table, size, window, shift, not module.fixed_windows)
+    return F.linear(x, module.proj.weight.float(), module.proj.bias.float())
+
+
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_its_gradients_equal_loops_over_pixels(cls, case):
+    grid, window_size, shift, fixed = case
+    if fixed and cls is CosineWindowAttention:
+        pytest.skip("Swin V2 always shrinks its windows")
+    module = attention(cls, (6, 6), window_size, shift, fixed)
+    x = torch.randn(1, *grid, 8, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    ours, theirs = module(x), literal(module, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), theirs, rtol=1e-4, atol=1e-5)
+    target = torch.randn_like(ours)
+    ours = torch.autograd.grad(ours, inputs, target)
+    theirs = torch.autograd.grad(theirs, inputs, target)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+@pytest.mark.parametrize("case", [((6, 6), 3, 1), ((5, 7), 3, 1)])
+def test_attention_in_bfloat16_stays_close_to_loops_in_float32(cls, case):
+    grid, window_size, shift = case
+    module = attention(cls, (6, 6), window_size, shift).bfloat16()
+    x = torch.randn(2, *grid, 8).bfloat16().requires_grad_()
+    target = torch.randn(2, *grid, 8)
+    results = []
+    for forward in (module, lambda x: literal(module, x)):
+        out = forward(x).float()
+        (grad,) = torch.autograd.grad(out, x, target)
+        results.append((out, grad.float()))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_attention_works_under_autocast():
+    for cls in (WindowAttention, CosineWindowAttention):
+        module = attention(cls, (6, 6), 3, 1)
+        x = torch.randn(2, 5, 7, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x).float()
+        assert (out - literal(module, x)).norm() < 0.03 * out.norm(), cls
+
+
+def test_mask_keeps_regions_apart_by_minus_100():
+    mask = window_mask((4, 4), window=2, shift=1)
+    assert mask.shape == (4, 4, 4)
+    assert mask[0].eq(0).all()
+    apart = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0]])
+    torch.testing.assert_close(mask[1], -100.0 * apart)  # left and right column
+    torch.testing.assert_close(mask[3], -100.0 * (1 - torch.eye(4)))
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_mask_hides_padded_keys_only_and_no_row_is_empty(shift):
+    mask = window_mask((6, 5), window=4, shift=shift)
+    hidden = mask.isneginf()
+    # Of the 8x8 padded map 30 tokens are real, and each is a key in all 16 rows of its window.
+    assert (~hidden).sum() == 30 * 16
+    assert (hidden == hidden[:, :1]).all()
+    assert mask.isfinite().any(-1).all()
+    assert not window_mask((6, 5), 4, shift, hide_padding=False).isinf().any()
+
+
+def test_relative_position_index_counts_rows_then_columns():
+    index = relative_position_index(2)
+    assert index.tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+
+
+def test_coords_are_logarithmic_in_units_of_the_pretrained_window():
+    table = relative_coords_table(8)
+    assert table.shape == (1, 15, 15, 2)
+    assert table[0, 7, 7].tolist() == [0, 0]
+    torch.testing.assert_close(table[0, 14, 0], torch.tensor([1, -1]) * math.log2(9) / 3)
+    larger = relative_coords_table(16, pretrained_window=12)
+    torch.testing.assert_close(larger[0, -1, 0, 0].item(), math.log2(8 * 15 / 11 + 1) / 3)
+    assert relative_coords_table(1).tolist() == [[[[0, 0]]]]
+
+
+def test_space_to_depth_orders_neighbours_down_then_right():
+    x = torch.tensor([[1.0, 2, 5], [3, 4, 6]])[None, :, :, None]
+    assert space_to_depth(x).tolist() == [[[[1, 3, 2, 4], [5, 6, 0, 0]]]]
+
+
+def ema_step(module, other):
+    for ours, theirs in zip(module.state_dict().values(), other.state_dict().values(), strict=True):
+        if ours.is_floating_point():
+            ours.lerp_(theirs, 0.5)
+
+
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module, other: module.load_state_dict(other.state_dict()),
+        lambda module, other: module.load_state_dict(other.state_dict(), assign=True),
+        ema_step,
+        lambda module, other: [p.mul_(2) for p in module.parameters()],
+        lambda module, other: module.double().float(),
+        lambda module, other: [setattr(p, "data", p * 2) for p in module.parameters()],
+        lambda module, other: [p.data.mul_(2) for p in module.eval().parameters()],
+    ],
+)
+def test_the_kept_bias_is_never_stale(cls, change):
+    module, other = (attention(cls, (6, 6), 3, 1).eval() for _ in range(2))
+    x = torch.randn(1, 6, 6, 8)
+    with torch.no_grad():
+        module(x)
+        change(module, other)
+        kept = module(x)
+    module.train()
+    with torch.no_grad():
+        torch.testing.assert_close(kept, module(x))
+
+
+def test_the_bias_is_kept_between_evaluation_forwards_only():
+    module = attention(WindowAttention, (6, 6), 3, 1)
+    x = torch.randn(1, 6, 6, 8)
+    module(x)
+    assert module._cache is None
+    module.eval()
+    module(x)
+    assert module._cache is None, "gradients flow to the table while they are enabled"
+    with torch.no_grad():
+        module(x)
+        first = module._cache[1]
+        module(x)
+        assert module._cache[1] is first
+        module(torch.randn(1, 9, 6, 8))
+        assert module._cache[1].shape == (1, 6 * 2, 9, 9)
+    assert copy.deepcopy(module)._cache is None
+
+
+def test_a_bias_kept_under_inference_mode_does_not_break_training():
+    module = attention(WindowAttention, (6, 6), 3, 1).eval()
+    x = torch.randn(1, 6, 6, 8)
+    with torch.inference_mode():
+        module(x)
+    module(x).sum().backward()
+    assert module.relative_position_bias_table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "shifted"), [((6, 6), False), ((6, 6), True), ((5, 7), True), ((2, 5), True)]
+)
+def test_window_mlp_equals_loops_over_heads_and_windows(size, shifted):
+    window, heads = 3, 2
+    module = WindowMlp(heads, (6, 6), window, shifted)
+    x = torch.randn(2, *size, 8)
+    start = 2 if shifted and min(size) > window else 0
+    right, bottom = -(size[1] + start) % window, -(size[0] + start) % window
+    padded = F.pad(x, (0, 0, start, right, start, bottom))
+    out = torch.zeros_like(padded)
+    weight, bias = module.weight.view(heads, 9, 9), module.bias.view(heads, 9)
+    for top in range(0, padded.shape[1], window):
+        for left in range(0, padded.shape[2], window):
+            tokens = padded[:, top : top + window, left : left + window].reshape(2, 9, heads, 4)
+            for h in range(heads):
+                mixed = weight[h] @ tokens[:, :, h] + bias[h][:, None]
+                out[:, top : top + window, left : left + window, 4 * h : 4 * h + 4] = mixed.view(
+                    2, window, window, 4
+                )
+    out = out[:, start : start + size[0], start : start + size[1]]
+    torch.testing.assert_close(module(x), out)

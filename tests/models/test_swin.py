@@ -1,0 +1,309 @@
+"""Swin, Swin V2, Swin-MLP: any input size, switches, initial weights, optimizer facts, variants."""
+
+import pytest
+import torch
+
+from config import load_config
+from models import create_model, list_models, variant_file
+from models.layers.resize import resize_bias_table
+from models.swin import Swin, SwinMlp, SwinV2
+
+SMALL = dict(
+    num_classes=5, img_size=64, embed_dim=12, depths=(2, 2), num_heads=(2, 4), window_size=4
+)
+ALL = pytest.mark.parametrize("cls", [Swin, SwinV2, SwinMlp])
+
+
+def small(cls, **changes):
+    kwargs = SMALL | changes
+    if cls is SwinV2:
+        kwargs = dict(pretrained_window_sizes=[0] * len(kwargs["depths"])) | kwargs
+    model = cls(**kwargs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+# Parameters with 1000 classes, and the variants that share an architecture.
+FINETUNED = "patch4_window7_224_22k", "patch4_window7_224_22kto1k_finetune"
+PARAMS = [
+    (28_288_354, ["swin_tiny_patch4_window7_224", *(f"swin_tiny_{n}" for n in FINETUNED)]),
+    (28_306_432, ["swin_tiny_c24_patch4_window8_256"]),
+    (49_606_258, ["swin_small_patch4_window7_224", *(f"swin_small_{n}" for n in FINETUNED)]),
+    (87_768_224, ["swin_base_patch4_window7_224", *(f"swin_base_{n}" for n in FINETUNED)]),
+    (
+        87_903_584,
+        [
+            "swin_base_patch4_window12_384_finetune",
+            "swin_base_patch4_window12_384_22kto1k_finetune",
+        ],
+    ),
+    (196_532_476, [f"swin_large_{n}" for n in FINETUNED]),
+    (196_735_516, ["swin_large_patch4_window12_384_22kto1k_finetune"]),
+    (28_347_154, [f"swinv2_tiny_patch4_window{w}_256" for w in (8, 16)]),
+    (49_728_418, [f"swinv2_small_patch4_window{w}_256" for w in (8, 16)]),
+    (
+        87_918_816,
+        [
+            "swinv2_base_patch4_window8_256",
+            "swinv2_base_patch4_window16_256",
+            "swinv2_base_patch4_window12_192_22k",
+            "swinv2_base_patch4_window12to16_192to256_22kto1k_ft",
+            "swinv2_base_patch4_window12to24_192to384_22kto1k_ft",
+        ],
+    ),
+    (
+        196_739_932,
+        [
+            "swinv2_large_patch4_window12_192_22k",
+            "swinv2_large_patch4_window12to16_192to256_22kto1k_ft",
+            "swinv2_large_patch4_window12to24_192to384_22kto1k_ft",
+        ],
+    ),
+    (20_386_632, ["swin_mlp_tiny_c24_patch4_window8_256"]),
+    (21_152_072, ["swin_mlp_tiny_c12_patch4_window8_256"]),
+    (22_682_952, ["swin_mlp_tiny_c6_patch4_window8_256"]),
+    (60_659_416, ["swin_mlp_base_patch4_window7_224"]),
+]
+
+
+@pytest.mark.parametrize(("count", "names"), PARAMS, ids=[names[0] for _, names in PARAMS])
+def test_variants_have_the_published_number_of_parameters(count, names):
+    with torch.device("meta"):
+        model = create_model(names[0], num_classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == count
+    node = {"swin": "SWIN", "swinv2": "SWINV2", "swin_mlp": "SWIN_MLP"}
+    shapes = []
+    for name in names:
+        config = load_config(variant_file(name)).MODEL
+        keys = dict(config[node[config.TYPE]])
+        if config.TYPE == "swinv2":  # its parameters do not depend on the window
+            keys = {k: v for k, v in keys.items() if "WINDOW" not in k}
+        shapes.append(keys)
+    assert all(keys == shapes[0] for keys in shapes)
+
+
+def test_every_variant_file_is_counted():
+    counted = {name for _, names in PARAMS for name in names}
+    assert counted == {name for name in list_models() if name.startswith("swin")}
+
+
+@pytest.mark.parametrize(("window", "entries"), [(8, 250), (16, 247)])
+def test_a_mask_is_kept_where_the_published_state_dict_has_one(window, entries):
+    with torch.device("meta"):
+        model = create_model(f"swinv2_tiny_patch4_window{window}_256")
+    assert len(model.state_dict()) == entries
+
+
+def test_22k_variants_have_21841_classes():
+    with torch.device("meta"):
+        assert create_model("swin_large_patch4_window7_224_22k").head.out_features == 21841
+
+
+@ALL
+@pytest.mark.parametrize("hw", [(32, 32), (33, 50), (40, 72), (97, 35)])
+def test_pyramid_has_the_size_of_the_strides_rounded_up(cls, hw):
+    model = small(cls, depths=(2, 2, 1, 1), num_heads=(2, 4, 4, 4))
+    maps = model.forward_pyramid(torch.rand(2, 3, *hw))
+    for x, info in zip(maps, model.feature_info, strict=True):
+        stride = info["stride"]
+        assert x.shape == (2, info["channels"], -(-hw[0] // stride), -(-hw[1] // stride))
+        assert x.isfinite().all()
+    assert [info["stride"] for info in model.feature_info] == [4, 8, 16, 32]
+
+
+@ALL
+@pytest.mark.parametrize("hw", [(64, 64), (40, 72), (57, 90)])
+@pytest.mark.parametrize("built", [64, 24])
+def test_another_input_size_equals_a_model_built_for_it(cls, hw, built):
+    if cls is SwinMlp and built == 24:
+        pytest.skip("the matrices of Swin-MLP keep the window they were built with")
+    model = small(cls, img_size=built)
+    other = small(cls, img_size=hw)
+    state = model.state_dict()
+    for name in state:
+        if name.endswith("relative_position_bias_table"):
+            module = name.removesuffix(".relative_position_bias_table")
+            old, new = (m.get_submodule(module).window for m in (model, other))
+            state[name] = resize_bias_table(state[name], (old, old), (new, new))
+    other.load_state_dict(state)
+    x = torch.rand(2, 3, *hw)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-4)
+
+
+def test_pretrained_windows_keep_the_unit_of_the_bias_at_every_size():
+    native = small(SwinV2, pretrained_window_sizes=[0, 0])
+    fixed = small(SwinV2, pretrained_window_sizes=[4, 4])
+    fixed.load_state_dict(native.state_dict())
+    large, tiny = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 32, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(native(large), fixed(large))
+        assert not torch.allclose(native(tiny), fixed(tiny), atol=1e-4)
+
+
+def test_training_and_evaluation_agree_without_dropout():
+    for cls in (Swin, SwinV2, SwinMlp):
+        model, x = small(cls, drop_path_rate=0.0), torch.rand(2, 3, 40, 72)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), model.train()(x), rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_gradient_checkpointing_changes_nothing(cls):
+    x, grads = torch.rand(2, 3, 40, 72), []
+    model = small(cls, drop_path_rate=0.0).train()
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@ALL
+def test_dense_backbone_has_a_norm_per_stage_and_no_unused_parameter(cls):
+    model = small(cls, num_classes=0).train()
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert names == {"patch_embed", "layers", "norm0", "norm1"}
+    sum(x.square().mean() for x in model.forward_pyramid(torch.rand(2, 3, 40, 72))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.eval()(torch.rand(2, 3, 40, 72)).shape == (2, model.num_features)
+
+
+@ALL
+def test_a_classifier_adds_no_parameter_to_the_pyramid(cls):
+    model = small(cls)
+    assert "norm0" not in dict(model.named_children())
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        features = model.norm(model.forward_pyramid(x)[-1].permute(0, 2, 3, 1))
+        torch.testing.assert_close(features, model.forward_features(x))
+
+
+@ALL
+def test_switches_of_the_stem_work(cls):
+    model = small(cls, ape=True, patch_norm=False, patch_size=2, in_chans=1, img_size=32).train()
+    assert not any(name.startswith("patch_embed.norm") for name in model.state_dict())
+    model(torch.rand(2, 1, 32, 32)).square().mean().backward()
+    assert model.absolute_pos_embed.shape == (1, 256, 12)
+    assert model.absolute_pos_embed.grad.abs().sum() > 0
+    assert model(torch.rand(2, 1, 21, 50)).isfinite().all()
+    assert "absolute_pos_embed" in model.no_weight_decay()
+
+
+def test_qk_scale_replaces_the_scale_of_the_logits():
+    x = torch.rand(1, 3, 64, 64)
+    default, same, other = (small(Swin, qk_scale=s) for s in (None, 6**-0.5, 1.0))
+    for model in (same, other):
+        model.load_state_dict(default.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(default(x), same(x))
+        assert not torch.allclose(default(x), other(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("cls", [Swin, SwinV2])
+def test_qkv_bias_can_be_left_out(cls):
+    model = small(cls, qkv_bias=False)
+    assert not [n for n in model.state_dict() if n.endswith(("qkv.bias", "q_bias", "v_bias"))]
+    assert model(torch.rand(1, 3, 40, 72)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (Swin, dict(num_heads=(5, 10)), r"NUM_HEADS\[0\]=5 does not divide the width 12"),
+        (Swin, dict(num_heads=(2,)), r"NUM_HEADS=\[2\] need one positive entry per stage"),
+        (Swin, dict(window_size=0), "WINDOW_SIZE=0"),
+        (SwinV2, dict(pretrained_window_sizes=[12]), r"PRETRAINED_WINDOW_SIZES=\[12\]"),
+    ],
+)
+def test_impossible_hyper_parameters_are_named(cls, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(cls, **changes)
+
+
+def test_only_blocks_shifted_at_the_built_size_keep_a_mask():
+    masks = [n for n in Swin(**SMALL | dict(img_size=32)).state_dict() if n.endswith("attn_mask")]
+    assert masks == ["layers.0.blocks.1.attn_mask"]  # stages of 8x8 and 4x4, windows of 4
+
+
+def test_swin_v2_with_windows_of_one_token_is_finite():
+    model = small(SwinV2, img_size=8)
+    assert model.layers[1].blocks[0].attn.window == 1
+    out = model(torch.rand(2, 3, 8, 8))
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert out.isfinite().all()
+
+
+def test_swin_v2_blocks_start_as_the_identity():
+    model = SwinV2(**SMALL, pretrained_window_sizes=(0, 0))
+    x = torch.rand(2, 8, 8, 12)
+    assert torch.equal(model.layers[0].blocks[1](x), x)
+    attn = model.layers[0].blocks[0].attn
+    torch.testing.assert_close(attn.logit_scale, torch.full((2, 1, 1), 10.0).log())
+    assert model.layers[0].downsample.norm.weight.eq(1).all()
+
+
+def test_weights_start_as_published():
+    model = Swin(**SMALL | dict(embed_dim=96, num_heads=(3, 6)))
+    block = model.layers[0].blocks[0]
+    for weight in (
+        block.attn.qkv.weight,
+        block.mlp.fc1.weight,
+        model.layers[0].downsample.reduction.weight,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.attn.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.2)
+    assert block.attn.qkv.bias.eq(0).all()
+    fan_in = 3 * 4 * 4
+    assert model.patch_embed.proj.weight.std().item() == pytest.approx(
+        (3 * fan_in) ** -0.5, rel=0.05
+    )
+    mixer = SwinMlp(**SMALL).layers[0].blocks[0].spatial_mlp
+    assert mixer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert mixer.bias.eq(0).all()
+
+
+def test_names_without_weight_decay_exist_and_are_the_published_ones():
+    for cls, words in [
+        (Swin, {"relative_position_bias_table"}),
+        (SwinV2, {"cpb_mlp", "logit_scale"}),
+        (SwinMlp, set()),
+    ]:
+        model = small(cls)
+        listed = model.no_weight_decay()
+        assert listed == {n for n, _ in model.named_parameters() if any(w in n for w in words)}
+        assert bool(listed) == bool(words)
+
+
+def test_layer_decay_counts_blocks_and_downsampling_goes_with_the_last_one():
+    model = small(Swin)
+    ids = {name: model.layer_id(name) for name, _ in model.named_parameters()}
+    assert ids["patch_embed.proj.weight"] == 0
+    assert ids["layers.0.blocks.0.norm1.weight"] == 1
+    assert ids["layers.0.blocks.1.mlp.fc1.weight"] == 2
+    assert ids["layers.0.downsample.norm.weight"] == 2
+    assert ids["layers.1.blocks.0.attn.qkv.weight"] == 3
+    assert ids["norm.weight"] == ids["head.bias"] == 5 == model.num_layers() - 1
+
+
+def test_reset_classifier_gives_another_head():
+    model = small(Swin)
+    x = torch.rand(1, 3, 64, 64)
+    model.reset_classifier(7)
+    assert model(x).shape == (1, 7)
+    assert model.get_classifier() is model.head
+    model.reset_classifier(0)
+    assert model(x).shape == (1, model.num_features)
+
+
+@pytest.mark.slow
+@ALL
+def test_model_compiles_as_one_graph(cls):
+    model = small(cls, depths=(2,), num_heads=(2,), img_size=32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.rand(1, 3, 40, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
