@@ -82,7 +82,7 @@ def variant_file(name: str) -> Path:
 def _variants() -> dict[str, Path]:
     """A variant is a YAML file that declares its stem as MODEL.NAME; experiments inherit it."""
     found = {}
-    for path in sorted(CONFIG_DIR.glob("*/*.yaml")):
+    for path in sorted(CONFIG_DIR.glob("[!_]*/*.yaml")):
         model = (yaml.safe_load(path.read_text()) or {}).get("MODEL") or {}
         if model.get("NAME") == path.stem:
             found[path.stem] = path

@@ -1,0 +1,52 @@
+"""Convolutional patch embedding of DHVT."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """x * alpha + beta per channel of a map (B, C, H, W)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, dim, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.beta, x, self.alpha)
+
+
+class ConvStem(nn.Module):
+    """Sequential overlapping patch embedding (SOPE): 3x3 stride-2 convolutions between two affine maps.
+
+    DHVT, arXiv:2210.05958, Sec. 3.
+
+    Shapes: (B, in_chans, H, W) -> (B, dim, ceil(H / patch_size), ceil(W / patch_size)).
+
+    Args:
+        dim: width of the tokens; each convolution before the last has half the width of the next.
+        patch_size: a power of two, one convolution per factor of 2.
+    """
+
+    def __init__(self, dim: int, patch_size: int = 16, in_chans: int = 3):
+        super().__init__()
+        depth = patch_size.bit_length() - 1
+        if depth < 1 or patch_size != 2**depth or dim % 2 ** (depth - 1):
+            raise ValueError(
+                f"patch_size={patch_size} with embed_dim={dim}: the stem halves the map per convolution, so "
+                "patch_size must be a power of two (2, 4, 8, 16) and patch_size / 2 must divide embed_dim"
+            )
+        widths = [in_chans, *(dim >> i for i in reversed(range(depth)))]
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(conv, nn.BatchNorm2d(width_out)), nn.GELU()]
+        self.pre_affine = Affine(in_chans)
+        # The last convolution is linear, but the released patch-2 models activate their only one.
+        self.proj = nn.Sequential(*(layers if depth == 1 else layers[:-1]))
+        self.post_affine = Affine(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post_affine(self.proj(self.pre_affine(x)))

@@ -1,0 +1,65 @@
+"""Dynamic aggregation feed forward (DAFF) of DHVT."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DAFF(nn.Module):
+    """Inverted bottleneck with a depthwise convolution, whose pooled output re-weights the class token.
+
+    DHVT, arXiv:2210.05958, Sec. 3, "Dynamic Aggregation Feed Forward".
+
+    Shapes: a map (B, H, W, C) -> (B, H, W, C); `reweight` treats a class token.
+
+    Args:
+        ratio: hidden width int(C * ratio).
+        class_gate: with the squeeze and excitation of a class token; without one it has no use.
+    """
+
+    def __init__(self, dim: int, ratio: float = 4.0, class_gate: bool = True):
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.conv1 = nn.Conv2d(dim, hidden, 1)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, dim, 1)
+        self.bn3 = nn.BatchNorm2d(dim)
+        self.act = nn.GELU()
+        self.set_class_gate(class_gate)
+
+    def set_class_gate(self, enable: bool) -> None:
+        """Make the layers of `reweight` anew, or remove them."""
+        dim = self.conv1.in_channels
+        self.compress = nn.Linear(dim, dim // 4) if enable else None
+        self.excitation = nn.Linear(dim // 4, dim) if enable else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(_conv_norm(x, self.conv1, self.bn1))  # B H W 4C
+        x = x + self.act(_conv_norm(x, self.conv2, self.bn2))
+        return _conv_norm(x, self.conv3, self.bn3)  # B H W C
+
+    def reweight(self, cls: Tensor, x: Tensor) -> Tensor:
+        """Class token (B, 1, C) times channel weights from the output map `x` (B, H, W, C)."""
+        assert self.compress is not None, "built with class_gate=False"
+        assert self.excitation is not None
+        # No sigmoid: the released weights were trained without one.
+        weights = self.excitation(self.act(self.compress(x.mean(dim=(1, 2)))))  # B C
+        return cls * weights[:, None]
+
+
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """Convolution and batch norm of a map (B, H, W, C); one operation where the norm is constant."""
+    weight, bias = conv.weight, conv.bias
+    if not norm.training:
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = weight * scale[:, None, None, None]
+        bias = (bias - norm.running_mean) * scale + norm.bias
+    if conv.kernel_size == (1, 1):
+        x = F.linear(x, weight[:, :, 0, 0], bias)
+        x = norm(x.permute(0, 3, 1, 2)) if norm.training else x.permute(0, 3, 1, 2)
+    else:
+        # As a permuted view the map is in channels_last format: nothing is copied.
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
+        x = norm(x) if norm.training else x
+    return x.permute(0, 2, 3, 1)

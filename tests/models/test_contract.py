@@ -1,0 +1,279 @@
+"""What engine, tasks and tools rely on holds for every architecture (`models/backbone.py`).
+
+Names, counts and prefixes are checked for every variant, on shapes alone. Numbers are checked for the
+smallest variant of each kind: an architecture with its switches, such as a mixer or a distillation token.
+"""
+
+import copy
+import json
+import re
+from functools import cache
+from itertools import pairwise
+from math import ceil
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from config import load_config
+from models import create_model, list_models, registry, variant_file
+from tests.golden_tools import FOLDER, fill_module_, is_constant, relative_error
+
+PARAMETERS: dict[str, int] = json.loads((FOLDER / "parameters.json").read_text())
+SIZES = [(64, 64), (96, 64), (75, 101)]
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves out the in-place arithmetic of initialisation, which takes most of a build on shapes."""
+
+    SKIPPED = frozenset(
+        {"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "zero_", "fill_"}
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def shapes_of(name):
+    with torch.device("meta"), SkipInit():
+        return create_model(name)
+
+
+def kind(name):
+    """The architecture and its switches; sizes, and the options of a mixer, are left out."""
+    model = load_config(variant_file(name)).MODEL
+    entry = registry.find(model.TYPE)
+    values = {key: model[entry.node][key.upper()] for key in entry.fields}
+    switches = {
+        key: v for key, v in values.items() if isinstance(v, (bool, str)) or "str" in kinds(v)
+    }
+    return re.sub(r"\(.*?\)", "", json.dumps([entry.name, switches], sort_keys=True))
+
+
+def kinds(value):
+    return {type(item).__name__ for item in value} if isinstance(value, list) else set()
+
+
+def smallest_of_each_kind():
+    best = {}
+    for name in sorted(list_models(), key=lambda name: PARAMETERS.get(name, 0)):
+        best.setdefault(kind(name), name)
+    return sorted(best.values())
+
+
+def build(name, **overrides):
+    """A variant with weights that use every path (a fresh block of Swin v2, for one, is the identity)."""
+    return fill_module_(create_model(name, drop_rate=0.0, **overrides)).eval()
+
+
+def images(size=SIZES[0], channels=3, batch=2):
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def total(outputs):
+    """Mean square over one output, or several."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.stack([output.square().mean() for output in outputs]).sum()
+
+
+def without_finite_gradient(model):
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+
+
+@pytest.fixture(scope="module", params=smallest_of_each_kind())
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shared(name):
+    return build(name)
+
+
+@pytest.fixture
+def model(shared):
+    """A copy that the test may change."""
+    return copy.deepcopy(shared)
+
+
+@pytest.fixture(scope="module")
+def shared_dense(name):
+    return build(name, num_classes=0)
+
+
+@pytest.fixture
+def dense(shared_dense):
+    """As dense tasks build it: without a classifier."""
+    model = copy.deepcopy(shared_dense)
+    if model.drops_tokens:
+        pytest.skip("drops tokens, so it has no feature map")
+    return model
+
+
+# -- every variant, on shapes alone ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", list_models())
+def test_variant_has_the_published_number_of_parameters(variant):
+    count = sum(p.numel() for p in shapes_of(variant).parameters() if p.requires_grad)
+    assert count == PARAMETERS.get(variant, count)
+
+
+def test_every_published_parameter_count_belongs_to_a_variant():
+    families = {variant_file(name).parent.name for name in list_models()}
+    strays = [name for name in PARAMETERS if name.split("_")[0] in families]
+    assert not set(strays) - set(list_models())
+
+
+@pytest.mark.parametrize("variant", list_models())
+def test_names_for_the_optimizer_exist(variant):
+    model = shapes_of(variant)
+    names = [name for name, _ in model.named_parameters()]
+    assert model.no_weight_decay() <= set(names)
+    for prefix in model.lr_multipliers():
+        assert any(name.startswith(prefix) for name in names), prefix
+
+
+@pytest.mark.parametrize("variant", list_models())
+def test_layer_ids_rise_from_the_stem_to_the_head(variant):
+    model = shapes_of(variant)
+    ids = {name: model.layer_id(name) for name, _ in model.named_parameters()}
+    assert set(ids.values()) == set(range(model.num_layers()))
+    first_convolution = next(name for name, p in model.named_parameters() if p.ndim == 4)
+    assert ids[first_convolution] == 0
+    in_head = {id(p) for p in model.get_classifier().parameters()}
+    assert in_head
+    assert {ids[n] for n, p in model.named_parameters() if id(p) in in_head} == {max(ids.values())}
+
+
+@pytest.mark.parametrize("variant", list_models())
+def test_feature_info_goes_from_fine_to_coarse(variant):
+    info = shapes_of(variant).feature_info
+    assert all(fine["stride"] < coarse["stride"] for fine, coarse in pairwise(info))
+    assert all(entry["channels"] > 0 for entry in info)
+
+
+# -- one variant of each kind, on numbers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pyramid_matches_feature_info(dense, size):
+    maps = dense.forward_pyramid(images(size))
+    assert len(maps) == len(dense.feature_info)
+    for feature, info in zip(maps, dense.feature_info, strict=True):
+        stride = info["stride"]
+        assert feature.shape == (
+            2,
+            info["channels"],
+            ceil(size[0] / stride),
+            ceil(size[1] / stride),
+        )
+        assert feature.isfinite().all()
+
+
+def test_a_model_that_drops_tokens_says_that_it_has_no_pyramid(shared):
+    if not shared.drops_tokens:
+        pytest.skip("keeps its tokens")
+    with pytest.raises(ValueError, match="token"):
+        shared.forward_pyramid(images())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_logits_have_one_row_per_image(shared, size):
+    with torch.no_grad():
+        logits = shared(images(size))
+    assert logits.shape == (2, shared.num_classes)
+    assert logits.isfinite().all()
+
+
+def test_every_parameter_gets_a_finite_gradient(model):
+    total(model.train()(images())).backward()
+    assert not without_finite_gradient(model)
+
+
+def test_every_parameter_of_a_dense_backbone_gets_a_finite_gradient(dense):
+    total(dense.train().forward_pyramid(images())).backward()
+    assert not without_finite_gradient(dense)
+
+
+@torch.no_grad()
+def test_evaluation_is_deterministic_and_independent_of_batch_mates(shared):
+    x = images(batch=3)
+    logits = shared(x)
+    assert torch.equal(logits, shared(x))
+    for row in range(3):
+        assert relative_error(shared(x[row : row + 1]), logits[row : row + 1]) < 1e-5
+
+
+@torch.no_grad()
+def test_forward_is_the_head_after_the_features(shared):
+    x = images()
+    features = shared.forward_features(x)
+    assert torch.equal(shared(x), shared.forward_head(features))
+    pooled = shared.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, shared.num_features)
+
+
+@torch.no_grad()
+def test_state_dict_carries_everything(shared, model):
+    for entry, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not is_constant(entry):
+            tensor.mul_(0.5)
+    assert not torch.equal(model(images()), shared(images()))
+    model.load_state_dict(shared.state_dict(), strict=True)
+    assert torch.equal(model(images()), shared(images()))
+
+
+@torch.no_grad()
+def test_classifier_can_be_replaced_and_removed(model):
+    model.reset_classifier(5)
+    assert model.num_classes == 5
+    assert model(images()).shape == (2, 5)
+    names = list(model.state_dict())
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model(images()).shape == (2, model.num_features)
+    model.reset_classifier(5)
+    assert sorted(model.state_dict()) == sorted(names)
+    assert model(images()).shape == (2, 5)
+
+
+def test_recomputing_activations_changes_neither_loss_nor_gradients_nor_statistics(model):
+    state = copy.deepcopy(model.state_dict())
+    results = []
+    for checkpointing in (False, True):
+        model.load_state_dict(state)
+        model.train().set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = total(model(images()))
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        results.append((loss.item(), grads, buffers))
+    (loss, grads, buffers), (again, grads_again, buffers_again) = results
+    assert again == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(buffers_again, buffers)
+    floor = 1e-6 * max(grad.norm() for grad in grads.values()).item()
+    for name, grad in grads.items():
+        assert (grads_again[name] - grad).norm() <= 1e-4 * grad.norm() + floor, name
+
+
+@torch.no_grad()
+def test_single_precision_is_close_to_double(shared, model):
+    assert relative_error(shared(images()), model.double()(images().double())) < 1e-4
+
+
+@torch.no_grad()
+def test_number_of_image_channels_is_free(name):
+    model = build(name, in_chans=1, num_classes=3)
+    assert model(images(channels=1)).shape == (2, 3)

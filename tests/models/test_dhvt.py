@@ -1,0 +1,147 @@
+"""What DHVT's paper and release say of its blocks, against literal implementations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import create_model
+from models.dhvt import DHVT
+from models.layers.conv_stem import ConvStem
+from models.layers.daff import DAFF
+from models.layers.head_interaction import HIAttention
+from tests.golden_tools import fill_module_, relative_error
+
+TINY = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=7)
+
+
+def literal_daff(mlp, tokens, size):
+    """Class token and patches (B, 1 + H*W, C), all layers as modules on planar maps."""
+    cls, patches = tokens[:, :1], tokens[:, 1:]
+    x = patches.transpose(1, 2).unflatten(2, size)
+    x = F.gelu(mlp.bn1(mlp.conv1(x)))
+    x = x + F.gelu(mlp.bn2(mlp.conv2(x)))
+    x = mlp.bn3(mlp.conv3(x)).flatten(2).transpose(1, 2)
+    weight = mlp.excitation(F.gelu(mlp.compress(x.mean(1, keepdim=True))))
+    return torch.cat([cls * weight, x], dim=1)
+
+
+def literal_attention(attn, tokens):
+    """Class token first, head tokens last, softmax written out."""
+    batch, length, dim = tokens.shape
+    heads, width = attn.num_heads, dim // attn.num_heads
+    pooled = tokens.reshape(batch, length, heads, width).mean(1)
+    head_tokens = attn.ht_proj(pooled).reshape(batch, heads, heads, width)
+    head_tokens = F.gelu(attn.ht_norm(head_tokens)).reshape(batch, heads, dim) + attn.pos_embed
+    x = torch.cat([tokens, head_tokens], dim=1)
+    q, k, v = attn.qkv(x).reshape(batch, length + heads, 3, heads, width).permute(2, 0, 3, 1, 4)
+    x = ((q @ k.transpose(-2, -1) * width**-0.5).softmax(-1) @ v).transpose(1, 2)
+    cls, patches, head_tokens = attn.proj(x.reshape(batch, -1, dim)).split(
+        [1, length - 1, heads], 1
+    )
+    return torch.cat([cls + head_tokens.mean(1, keepdim=True), patches], dim=1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_daff_equals_its_definition(training):
+    mlp = fill_module_(DAFF(24)).train(training)
+    tokens = torch.randn(2, 1 + 5 * 3, 24)
+    expected = literal_daff(mlp, tokens, (5, 3))
+    y = mlp(tokens[:, 1:].unflatten(1, (5, 3)))
+    cls = mlp.reweight(tokens[:, :1], y)
+    assert relative_error(torch.cat([cls, y.flatten(1, 2)], dim=1), expected.detach()) < 1e-5
+
+
+def test_daff_updates_its_statistics_in_training_and_uses_them_in_evaluation():
+    mlp = fill_module_(DAFF(8, class_gate=False))
+    before = mlp.bn2.running_mean.clone()
+    x = torch.randn(2, 4, 4, 8)
+    mlp.eval()(x)
+    assert torch.equal(mlp.bn2.running_mean, before)
+    mlp.train()(x)
+    assert not torch.equal(mlp.bn2.running_mean, before)
+    assert mlp.bn2.num_batches_tracked == 1
+
+
+def test_head_interacted_attention_equals_its_definition():
+    attn = fill_module_(HIAttention(24, 4))
+    tokens = torch.randn(2, 1 + 15, 24)
+    x, cls = attn(tokens[:, 1:], tokens[:, :1])
+    expected = literal_attention(attn, tokens)
+    assert relative_error(torch.cat([cls, x], dim=1), expected.detach()) < 1e-5
+
+
+def test_head_interacted_attention_without_class_token_uses_every_parameter():
+    attn = HIAttention(24, 4)
+    x, cls = attn(torch.randn(2, 15, 24))
+    assert cls is None
+    assert x.shape == (2, 15, 24)
+    x.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attn.parameters())
+
+
+@pytest.mark.parametrize("patch_size", [2, 4, 8, 16])
+def test_stem_rounds_up_and_ends_without_activation_but_for_patch_2(patch_size):
+    stem = ConvStem(16, patch_size)
+    assert stem(torch.randn(2, 3, 33, 47)).shape == (
+        2,
+        16,
+        -(-33 // patch_size),
+        -(-47 // patch_size),
+    )
+    assert isinstance(stem.proj[-1], nn.GELU) == (patch_size == 2)
+
+
+@pytest.mark.parametrize("patch_size", [0, 1, 6, 64])
+def test_stem_names_the_patch_sizes_that_it_has(patch_size):
+    with pytest.raises(ValueError, match="power of two"):
+        ConvStem(16, patch_size)
+
+
+def test_a_branch_is_dropped_for_the_map_and_the_class_token_together():
+    block = fill_module_(DHVT(**TINY, drop_path_rate=0.5)).blocks[1].train()
+    x, cls = torch.randn(64, 2, 2, 32), torch.randn(64, 1, 32)
+    out, out_cls = block(x, cls)
+    kept = (out != x).flatten(1).any(1)
+    assert torch.equal((out_cls != cls).flatten(1).any(1), kept)
+    assert 0 < kept.sum() < 64  # a quarter of the images loses both branches
+
+
+def test_a_wide_map_is_not_read_as_a_square_one():
+    model = fill_module_(DHVT(**TINY)).eval()
+    image = torch.randn(1, 3, 16, 64)
+    square = image.unflatten(3, (2, 32)).permute(0, 1, 3, 2, 4).reshape(1, 3, 32, 32)
+    assert model.forward_pyramid(image)[0].shape == (1, 32, 4, 16)
+    assert relative_error(model(image), model(square).detach()) > 1e-2
+
+
+def test_transposed_image_with_transposed_filters_gives_the_same_logits():
+    model = fill_module_(DHVT(**TINY)).eval()
+    image = torch.randn(2, 3, 24, 40)
+    logits = model(image).detach()
+    for conv in [m for m in model.modules() if isinstance(m, nn.Conv2d)]:
+        conv.weight.data = conv.weight.data.transpose(2, 3).contiguous()
+    assert relative_error(model(image.transpose(2, 3)), logits) < 1e-5
+
+
+def test_without_classifier_the_last_block_has_no_class_gate():
+    with_head, without = (set(DHVT(**(TINY | dict(num_classes=n))).state_dict()) for n in (7, 0))
+    gate = {f"blocks.1.mlp.{m}.{p}" for m in ("compress", "excitation") for p in ("weight", "bias")}
+    assert with_head - without == gate | {"head.weight", "head.bias"}
+    assert not without - with_head
+
+
+def test_resetting_the_classifier_keeps_the_trained_class_gate():
+    model = fill_module_(DHVT(**TINY))
+    before = model.blocks[-1].mlp.excitation.weight.clone()
+    model.reset_classifier(3)
+    assert torch.equal(model.blocks[-1].mlp.excitation.weight, before)
+
+
+def test_nested_position_embeddings_and_affine_maps_decay():
+    assert create_model("dhvt_tiny_cifar_patch4", depth=1).no_weight_decay() == {"cls_token"}
+
+
+def test_building_one_variant_leaves_the_next_one_alone():
+    assert create_model("dhvt_tiny_cifar_patch4", depth=1, num_classes=7).num_classes == 7
+    assert create_model("dhvt_tiny_cifar_patch4", depth=1).num_classes == 100

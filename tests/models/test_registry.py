@@ -1,0 +1,82 @@
+"""The constructor's signature is the schema of its config node."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from config import load_config
+from models import create_model, list_models, registry, variant_file
+from models.registry import Field, signature_fields
+
+
+class Example:
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        num_classes: int = 1000,
+        dim: int = 8,
+        ratio: float = 2.0,
+        depths: Sequence[int] = (1, 2),
+        scale: float | None = None,
+        mixer: str = "plain",
+    ):
+        pass
+
+
+def test_keywords_become_fields_with_default_and_types():
+    assert signature_fields(Example) == {
+        "dim": Field(8, (int,)),
+        "ratio": Field(2.0, (float,)),
+        "depths": Field([1, 2], (list,)),
+        "scale": Field(None, (float, type(None))),
+        "mixer": Field("plain", (str,)),
+    }
+
+
+def test_a_keyword_without_default_or_plain_type_is_refused():
+    class Positional:
+        def __init__(self, dim: int):
+            pass
+
+    class Callback:
+        def __init__(self, *, norm: type = int):
+            pass
+
+    with pytest.raises(TypeError, match="keyword-only arguments with a default"):
+        signature_fields(Positional)
+    with pytest.raises(TypeError, match="no plain config type"):
+        signature_fields(Callback)
+
+
+def test_a_name_is_registered_once(monkeypatch):
+    monkeypatch.setattr(registry, "_ENTRIES", {})
+    registry.register("Example")(Example)
+    assert registry.find("EXAMPLE").node == "EXAMPLE"
+
+    class Other:
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.register("example")(Other)
+
+
+def test_an_unknown_architecture_names_the_nearest_one():
+    with pytest.raises(ValueError, match=r"did you mean one of .*dhvt"):
+        registry.find("dhtv")
+
+
+def test_every_registered_architecture_has_a_variant():
+    types = {load_config(variant_file(name)).MODEL.TYPE.lower() for name in list_models()}
+    assert types == {entry.name for entry in registry.entries()}
+
+
+def test_an_unknown_variant_names_the_nearest_one():
+    with pytest.raises(ValueError, match=r"did you mean one of .*dhvt_tiny_cifar_patch4"):
+        create_model("dhvt_tiny_cifar_patch5")
+
+
+def test_an_unknown_keyword_names_those_that_exist():
+    with pytest.raises(ValueError, match=r"no argument \['emb_dim'\]; it takes .*'embed_dim'"):
+        create_model("dhvt_tiny_cifar_patch4", emb_dim=8)
