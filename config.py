@@ -255,8 +255,8 @@ def validate(config: CfgNode) -> None:
             raise ValueError(f"{key}={value!r} must be between {low} and {high}")
     registry.find(config.MODEL.TYPE)
     size = config.DATA.IMG_SIZE
-    sides = [size] if isinstance(size, int) else size
-    if not (len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides)):
+    sides = [size, size] if isinstance(size, int) else size
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"DATA.IMG_SIZE={size!r} must be one side in pixels or [height, width]")
     for key in ("MEAN", "STD"):
         if len(config.DATA[key]) not in (1, config.MODEL.IN_CHANS):
@@ -273,7 +273,7 @@ def validate(config: CfgNode) -> None:
         )
     if config.AMP_OPT_LEVEL in ("O1", "O2") and config.AMP_DTYPE == "bf16":
         raise ValueError("AMP_DTYPE='bf16' excludes AMP_OPT_LEVEL: Apex O1 and O2 work in fp16")
-    if uses_mixup(config) and config.AUG.MIXUP_MODE != "elem" and config.DATA.BATCH_SIZE % 2:
+    if uses_mixup(config) and config.DATA.BATCH_SIZE % 2:
         raise ValueError(
             f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even while mixup or cutmix is on; "
             "set AUG.MIXUP 0.0 AUG.CUTMIX 0.0 to turn them off"

@@ -155,7 +155,8 @@ def test_missing_file_names_what_is_there(tmp_path):
         (["MODEL.TYPE", "dfvit"], r"MODEL.TYPE='dfvit' is not registered.*dfvt"),
         (["MODEL.DROP_PATH_RATE", "1.5"], r"MODEL.DROP_PATH_RATE=1.5 must be between 0 and 1"),
         (["DATA.BATCH_SIZE", "7"], r"DATA.BATCH_SIZE=7 must be even while mixup or cutmix is on"),
-        (["DATA.IMG_SIZE", "[224]", "DATA.MEAN", "[0.5, 0.5]"], r"DATA.MEAN has 2 entries"),
+        (["DATA.MEAN", "[0.5, 0.5]"], r"DATA.MEAN has 2 entries"),
+        (["DATA.IMG_SIZE", "[224]"], r"DATA.IMG_SIZE=\[224\] must be"),
         (["DATA.IMG_SIZE", "[1, 2, 3]"], r"DATA.IMG_SIZE=\[1, 2, 3\] must be"),
         (["EVAL_MODE", "True", "INFO_MODE", "True"], r"EVAL_MODE and INFO_MODE exclude"),
         (["TRAIN.LR_SCHEDULER.NAME", "multistep"], r"needs epochs in LR_SCHEDULER.MULTISTEPS"),
@@ -223,5 +224,7 @@ def test_every_shared_key_is_read_by_some_code():
     code += Path(config_module.__file__).read_text().split("def load_config")[1]
     nodes = {entry.node for entry in registry.entries()}
     shared = [k for k in all_keys() if not (k.startswith("MODEL.") and k.split(".")[1] in nodes)]
-    unused = [k for k in shared if k.rpartition(".")[2] not in code]
+    # Keys of a data format's own section reach its builder as lower-case keywords.
+    names = {k: k.rpartition(".")[2] for k in shared}
+    unused = [k for k, name in names.items() if name not in code and name.lower() not in code]
     assert not unused, f"no code reads {unused}"

@@ -1,0 +1,342 @@
+"""The program as a user runs it: modes, files, resuming, launchers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main as program
+from models import CONFIG_DIR
+
+ROOT = CONFIG_DIR.parent
+SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str, cfg: str = SMOKE) -> Path:
+    """main.py in this process -> the output folder."""
+    program.main(["--cfg", cfg, "--output", "out", *args])
+    return Path("out/smoke_cls/default")
+
+
+def command(*args: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [
+        sys.executable,
+        *launcher,
+        str(ROOT / "main.py"),
+        "--cfg",
+        SMOKE,
+        "--output",
+        "out",
+        *args,
+    ]
+
+
+def launch(*args: str, launcher: tuple[str, ...] = ()) -> str:
+    """main.py in processes of its own -> what it printed."""
+    done = subprocess.run(
+        command(*args, launcher=launcher),
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Output folder of a finished smoke run."""
+    folder = tmp_path_factory.mktemp("trained")
+    program.main(["--cfg", SMOKE, "--output", str(folder)])
+    return folder / "smoke_cls" / "default"
+
+
+def test_training_leaves_every_promised_file(trained):
+    names = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
+    assert names >= {
+        "config.yaml",
+        "log_rank0.txt",
+        "metrics.jsonl",
+        "curves.png",
+        "eval.json",
+        "throughput.json",
+        "checkpoints/last.pth",
+        "checkpoints/best.pth",
+        "checkpoints/epoch_0.pth",
+        "checkpoints/epoch_1.pth",
+    }
+    assert any(name.startswith("tensorboard/") for name in names)
+    evaluation = json.loads((trained / "eval.json").read_text())
+    assert evaluation["images"] == 20
+    assert {"acc1", "acc5", "loss"} <= evaluation.keys()
+    speed = json.loads((trained / "throughput.json").read_text())
+    promised = "model img_per_s latency_ms_p50 latency_ms_p95 batch_size dtype device compile"
+    assert {*promised.split(), "channels_last", "peak_memory_mib"} <= speed.keys()
+    log = (trained / "log_rank0.txt").read_text()
+    assert re.search(r"Train: \[1/2\]\[3/4\]\teta .* lr \d.*loss \d.*grad_norm \d.*mem \d+MB", log)
+    assert "Summary" in log
+
+
+def test_a_checkpoint_holds_all_that_a_run_needs_and_plain_data_only(trained):
+    state = torch.load(trained / "checkpoints" / "last.pth", weights_only=True)
+    assert {"model", "ema", "optimizer", "scheduler", "scaler", "progress", "rng"} <= state.keys()
+    assert {"metrics", "best", "config", "git", "classes", "versions"} <= state.keys()
+    assert state["progress"]["epoch"] == 2
+    assert len(state["classes"]) == 10
+
+
+def test_the_dumped_config_gives_the_same_weights_again(trained):
+    program.main(["--cfg", str(trained / "config.yaml"), "--output", "again"])
+    again = Path("again/smoke_cls/default/checkpoints/last.pth")
+    assert same(weights(again), weights(trained / "checkpoints" / "last.pth"))
+
+
+def test_eval_scores_exactly_the_file_it_is_given_and_never_trains(trained):
+    """Trap: auto-resume replaces an explicit --resume by the newest file of the output folder."""
+    own = Path("out/smoke_cls/default/checkpoints")
+    own.mkdir(parents=True)
+    shutil.copy(trained / "checkpoints" / "epoch_0.pth", own / "last.pth")
+    before = (own / "last.pth").read_bytes()
+    target = trained / "checkpoints" / "last.pth"
+    folder = run("--eval", "--resume", str(target))
+    recorded = torch.load(target, weights_only=True)["metrics"]
+    evaluation = json.loads((folder / "eval.json").read_text())
+    assert evaluation["checkpoint"] == str(target)
+    assert evaluation["loss"] == pytest.approx(recorded["loss"], abs=1e-6)
+    other = torch.load(own / "last.pth", weights_only=True)["metrics"]
+    assert evaluation["loss"] != pytest.approx(other["loss"], abs=1e-6)
+    assert (own / "last.pth").read_bytes() == before
+    assert "Train:" not in (folder / "log_rank0.txt").read_text()
+
+
+def test_eval_with_nothing_to_evaluate_is_an_error():
+    """Trap: `--eval` without `--resume` starts training."""
+    with pytest.raises(ValueError, match="--eval has nothing to evaluate"):
+        run("--eval")
+    assert not list(Path("out").rglob("*.pth"))
+
+
+def test_eval_refuses_weights_whose_classifier_does_not_fit(trained):
+    with pytest.raises(ValueError, match="head"):
+        run(
+            "--eval", "--resume", str(trained / "checkpoints" / "last.pth"),
+            "--opts", "DATA.SYNTHETIC.NUM_CLASSES", "7",
+        )  # fmt: skip
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_by_bit(trained, monkeypatch):
+    evaluate = program.evaluate
+
+    def fail_at_second_call(*args, **kwargs):
+        if len(list(Path("out").rglob("epoch_0.pth"))):
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(program, "evaluate", fail_at_second_call)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(program, "evaluate", evaluate)
+    folder = run()
+    log = (folder / "log_rank0.txt").read_text()
+    assert "auto-resume" in log
+    assert same(
+        weights(folder / "checkpoints" / "last.pth"), weights(trained / "checkpoints" / "last.pth")
+    )
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train_steps = [line["step"] for line in steps if line["kind"] == "train"]
+    assert train_steps == sorted(set(train_steps)), "no step is recorded twice"
+
+
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one_bit_by_bit(trained, monkeypatch):
+    save = program.Checkpointer.save
+
+    def die_after_save(self, progress, *args):
+        save(self, progress, *args)
+        if progress["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(program.Checkpointer, "save", die_after_save)
+    with pytest.raises(KeyboardInterrupt):
+        run("--opts", "SAVE_STEPS", "3")
+    monkeypatch.setattr(program.Checkpointer, "save", save)
+    folder = run("--opts", "SAVE_STEPS", "3")
+    assert same(
+        weights(folder / "checkpoints" / "last.pth"), weights(trained / "checkpoints" / "last.pth")
+    )
+
+
+def test_ema_is_evaluated_saved_and_scored_by_eval():
+    folder = run("--opts", "TRAIN.EMA.ENABLE", "True", "TRAIN.EMA.DECAY", "0.5")
+    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert not same(state["model"], state["ema"])
+    run(
+        "--eval", "--resume", str(folder / "checkpoints" / "last.pth"),
+        "--opts", "TRAIN.EMA.ENABLE", "True",
+    )  # fmt: skip
+    evaluation = json.loads((folder / "eval.json").read_text())
+    assert evaluation["loss"] == pytest.approx(state["metrics"]["loss"], abs=1e-6)
+
+
+def test_pretrained_weights_take_a_new_head_and_are_scored_before_training(trained):
+    folder = run(
+        "--pretrained", str(trained / "checkpoints" / "best.pth"),
+        "--opts", "DATA.SYNTHETIC.NUM_CLASSES", "7", "TRAIN.EPOCHS", "1",
+    )  # fmt: skip
+    log = (folder / "log_rank0.txt").read_text()
+    assert "starting from" in log
+    assert "classifier not taken from the file" in log
+    assert "before training:" in log
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["TRAIN.ACCUMULATION_STEPS", "3", "TRAIN.USE_CHECKPOINT", "True"],
+        ["AMP_DTYPE", "bf16", "CHANNELS_LAST", "True", "DETERMINISTIC", "True"],
+        ["TRAIN.OPTIMIZER.NAME", "lamb", "TRAIN.LR_SCHEDULER.NAME", "poly", "TRAIN.MAX_STEPS", "5"],
+        ["TRAIN.CLIP_GRAD", "0", "AUG.MIXUP", "0.0", "TRAIN.LAYER_DECAY", "0.8"],
+    ],
+    ids=["accumulate", "bf16", "lamb-poly", "plain"],
+)
+def test_switches_train_together(opts):
+    folder = run("--opts", *opts)
+    assert (folder / "eval.json").is_file()
+
+
+def test_throughput_and_info_need_no_data():
+    args = ["--cfg", str(CONFIG_DIR / "dfvt" / "dfvt_tiny.yaml"), "--output", "out"]
+    program.main([*args, "--info"])
+    info = json.loads(Path("out/dfvt_tiny/default/info.json").read_text())
+    assert info["gmacs"] == pytest.approx(0.306, rel=0.01)
+    assert info["params_m"] == pytest.approx(3.967627, rel=1e-6)
+    folder = run("--throughput", "--batch-size", "2")
+    speed = json.loads((folder / "throughput.json").read_text())
+    assert speed["batch_size"] == 2
+    assert speed["img_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batchsize", "3"], "--batch-size"),
+        (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
+        (["--amp-opt-level", "O3"], "O3"),
+        (["--eval", "--throughput"], "exclude each other"),
+    ],
+)
+def test_mistakes_on_the_command_line_stop_before_any_work(args, message, capsys):
+    """Trap: misspelt flags are dropped silently."""
+    with pytest.raises(SystemExit) as stop:
+        run(*args)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_flags_that_were_not_given_override_nothing():
+    """Trap: `--cache-mode` and `--output` have defaults that override YAML and --opts."""
+    _, _, flags = program.parse_args(["--cfg", "x.yaml"])
+    assert flags == {}
+
+
+@pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
+def test_local_rank_by_hand_runs_one_process_and_does_not_hang(flag):
+    """Trap: `--local_rank 0` passed by hand hangs; `--local-rank` is an unknown argument."""
+    folder = run(flag, "0", "--info")
+    assert (folder / "info.json").is_file()
+
+
+def test_evaluation_is_identical_on_one_two_and_three_processes(trained):
+    """Trap: distributed evaluation counts duplicates, and averages means of unequal batches."""
+    args = ["--eval", "--resume", str(trained / "checkpoints" / "best.pth")]
+    opts = ["--opts", "DATA.SYNTHETIC.VAL_SIZE", "101"]
+    results = []
+    for count in (1, 2, 3):
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+        launch(*args, "--tag", f"n{count}", *opts, launcher=launcher if count > 1 else ())
+        content = json.loads(Path(f"out/smoke_cls/n{count}/eval.json").read_text())
+        results.append({key: content[key] for key in ("acc1", "acc5", "loss", "images")})
+    assert results[0]["images"] == 101
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_old_launcher_trains_on_two_processes():
+    """Trap: KeyError LOCAL_RANK, unrecognized arguments --local-rank."""
+    launcher = ("-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2")
+    launch("--opts", "TRAIN.EPOCHS", "1", launcher=(*launcher, "--master_port=29611"))
+    folder = Path("out/smoke_cls/default")
+    assert json.loads((folder / "eval.json").read_text())["images"] == 20
+    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert len(state["rng"]) == 2
+    assert state["progress"]["step"] == 2, "32 images, 8 per process: two steps"
+
+
+def test_a_killed_run_continues_with_the_same_command_and_finishes():
+    """Trap: resume does not restore."""
+    args = command("--opts", "TRAIN.EPOCHS", "40", "SAVE_FREQ", "100")
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = Path("out/smoke_cls/default/checkpoints/last.pth")
+    deadline = time.time() + 120
+    while not last.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = torch.load(last, weights_only=True)["progress"]["epoch"]
+    assert 1 <= reached < 40
+    printed = launch("--opts", "TRAIN.EPOCHS", "40", "SAVE_FREQ", "100")
+    assert "auto-resume" in printed
+    assert f"Train: [{reached}/40][0/4]" in printed
+    assert f"Train: [{reached - 1}/40]" not in printed
+    assert torch.load(last, weights_only=True)["progress"]["epoch"] == 40
+
+
+def test_an_architecture_is_added_by_two_files(tmp_path):
+    """The two files are those of docs/adding_a_model.md, which this keeps true."""
+    skipped = shutil.ignore_patterns(".git", ".venv", "output", "tests", "__pycache__")
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=skipped)
+    text = (ROOT / "docs" / "adding_a_model.md").read_text()
+    blocks = dict(re.findall(r"## \d\. [^`]*`([^`]+)`\n\n```\w+\n(.*?)```", text, re.DOTALL))
+    assert set(blocks) == {"models/toyformer.py", "configs/toyformer/toyformer_tiny.yaml"}
+    for name, content in blocks.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(content)
+    config = "configs/toyformer/toyformer_tiny.yaml"
+    opts = "--opts DATA.DATASET synthetic DATA.NUM_WORKERS 0 DATA.BATCH_SIZE 8 DATA.IMG_SIZE 32"
+    script = (
+        "import models, main\n"
+        "assert 'toyformer_tiny' in models.list_models()\n"
+        "assert models.create_model('toyformer_tiny', num_classes=3).num_features == 48\n"
+        f"main.main('--cfg {config} --info {opts}'.split())\n"
+        f"main.main('--cfg {config} {opts} TRAIN.MAX_STEPS 2'.split())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=copy, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = copy / "output" / "toyformer_tiny" / "default"
+    assert json.loads((folder / "info.json").read_text())["gmacs"] > 0
+    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert state["progress"]["step"] == 2
