@@ -346,6 +346,11 @@ class DFvT(Backbone):
             depth += len(level.blocks)
         return prefixes
 
+    def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
+        if self.absolute_pos_embed is None:
+            return {}
+        return {"absolute_pos_embed": (0, self.grid, "bicubic")}
+
     def token_maps(self) -> dict[str, Tensor]:
         """Per level, how much of a token the last gate took from the convolutions: (B, H, W)."""
         gates = {f"gate{i}": level.blocks[-1].select.gate() for i, level in enumerate(self.layers)}

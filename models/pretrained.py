@@ -1,4 +1,4 @@
-"""Published weights into a model: any container, name prefix, image size and class count.
+"""Published weights into a model: any container, name prefix, image size, channel and class count.
 
 What was loaded, resized and left out is reported; what does not fit is an error, unless asked for.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from utils.checkpoint import fetch, load_file
@@ -18,6 +20,7 @@ from utils.wrappers import unwrap
 
 from .backbone import CONSTANT_BUFFERS, Backbone
 from .layers.resize import resize_bias_table, resize_complex_filter, resize_position_grid
+from .layers.tokens import to_pair
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class LoadReport:
         missing: names in the model that the file lacks; they keep their fresh values.
         unexpected: names in the file that the model lacks.
         resized: name -> (shape in the file, shape in the model).
+        adapted: the same of a first convolution whose images have other channels.
         head_replaced: names of the model's classifier that stayed fresh, or of the file's that a model
             without classifier left out.
     """
@@ -48,6 +52,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    adapted: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     head_replaced: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -55,6 +60,8 @@ class LoadReport:
         if self.resized:
             sizes = sorted({f"{old} -> {new}" for old, new in self.resized.values()})
             lines.append(f"  resized {len(self.resized)}: {_short(self.resized)}; {_short(sizes)}")
+        for name, (old, new) in self.adapted.items():
+            lines.append(f"  adapted to the channels of the images: {name}; {old} -> {new}")
         if self.head_replaced:
             lines.append(f"  classifier not taken from the file: {_short(self.head_replaced)}")
         if self.missing:
@@ -77,7 +84,8 @@ def load_pretrained(
     """Load published weights into `model`, in place, and log what happened.
 
     Position tables, bias tables and Fourier filters of another size are resampled by their papers'
-    recipes. A classifier of another class count, or one that the file lacks, stays as the model built
+    recipes. A first convolution for RGB is summed for grey images, and repeated and rescaled for other
+    channels. A classifier of another class count, or one that the file lacks, stays as the model built
     it: call this before training, on a fresh model.
 
     Args:
@@ -85,9 +93,11 @@ def load_pretrained(
         source: a file, an http(s) URL, or the content of a file.
         name: what messages call the source; its path if empty.
         allow_partial: tolerate missing and unexpected names and, for those, other shapes.
-        use_ema: take the averaged weights that the file has beside the plain ones.
+        use_ema: take the averaged weights that the file has beside the plain ones; those of a file
+            with nothing else are taken anyway.
         resize: False refuses tables of another size.
-        new_head: False refuses a file whose classifier does not fit: for evaluation.
+        new_head: False refuses a file whose classifier or first convolution does not fit: for
+            evaluation.
 
     Raises:
         ValueError: there is no such file, it is unsafe or damaged, it has no (EMA) weights, or names or
@@ -110,27 +120,36 @@ def load_pretrained(
             f"{type(model).__name__} has {_short(sorted(own), 3)}"
         )
     head = _head_prefixes(model)
-    _replace_head(weights, own, head, report)
+    head_problem = _replace_head(weights, own, head, report)
     misfits = {}
+    stem = _first_conv(model)
+    image = _image_size(content)
     grids = model.position_tables() if isinstance(model, Backbone) else {}
     for key in sorted(weights.keys() & own.keys()):
         old, new = weights[key], own[key]
-        if old.shape == new.shape:
+        shapes = (tuple(old.shape), tuple(new.shape))
+        if _same_layout(*shapes, grids.get(key), image):
             continue
-        table = _resize(key, old, tuple(new.shape), grids.get(key)) if resize else None
+        if new_head and key == stem and _differ_in_rgb_only(*shapes):
+            weights[key] = adapt_input_conv(new.shape[1], old)
+            report.adapted[key] = shapes
+            continue
+        table = _resize(key, old, shapes[1], grids.get(key), image) if resize else None
         if table is None:
-            misfits[key] = f"{key} {tuple(old.shape)} instead of {tuple(new.shape)}"
+            misfits[key] = f"{key} {shapes[0]} instead of {shapes[1]}"
+            if resize and _is_position_table(key) and old.shape[2:] == new.shape[2:]:
+                misfits[key] += (
+                    ", neither a square grid nor one of DATA.IMG_SIZE in the file's config"
+                )
             del weights[key]
         else:
             weights[key] = table
-            report.resized[key] = (tuple(old.shape), tuple(new.shape))
+            report.resized[key] = shapes
     fresh_head = set(report.head_replaced)
     report.missing = sorted(own.keys() - weights.keys() - fresh_head)
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
-    # A model without classifier (dense tasks) cannot have a fresh one by mistake.
-    new_head = new_head or not fresh_head & own.keys()
-    _refuse_misfits(report, misfits, allow_partial, new_head)
+    _refuse_misfits(report, misfits, allow_partial, "" if new_head else head_problem)
     # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
     model.load_state_dict({k: weights[k] for k in own.keys() & weights.keys()}, strict=False)
     _LOG.info("%s", report)
@@ -149,8 +168,10 @@ def find_weights(
 ) -> tuple[dict[str, Tensor], str]:
     """The state dict inside a checkpoint's content, and where it was (` [model]`).
 
+    Averaged weights are taken without `use_ema` if they are the only ones.
+
     Raises:
-        ValueError: there is none, or no averaged one although `use_ema`.
+        ValueError: there is none, no averaged one although `use_ema`, or several averaged ones only.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of tensors")
@@ -163,12 +184,19 @@ def find_weights(
     if use_ema:
         raise ValueError(
             f"{name} has no averaged weights under any of {list(keys)}; "
-            f"it has {_short(sorted(map(str, content)))}"
+            f"it has {_short(sorted(map(str, content)))}: set MODEL.PRETRAINED_EMA False"
         )
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        averaged = [key for key in _EMA_CONTAINERS if key in content]
-        hint = f"; ask for the averaged ones under {averaged}" if averaged else ""
+        averaged = [key for key in _EMA_CONTAINERS if isinstance(content.get(key), Mapping)]
+        if len(averaged) == 1:
+            _LOG.info("%s has averaged weights only: taking '%s'", name, averaged[0])
+            return find_weights(content, True, name)
+        hint = (
+            f"; MODEL.PRETRAINED_EMA True takes the first of the averaged ones, {averaged}"
+            if averaged
+            else ""
+        )
         raise ValueError(
             f"{name} has no weights: none of {list(keys)} and no tensor, "
             f"only {_short(sorted(map(str, content)))}{hint}"
@@ -218,12 +246,16 @@ def _is_under(name: str, prefixes: Iterable[str]) -> bool:
 
 def _replace_head(
     weights: dict[str, Tensor], own: Mapping[str, Tensor], head: list[str], report: LoadReport
-) -> None:
-    """Drop the file's classifier where it does not fit, as a whole: half of one is no use."""
+) -> str:
+    """Drop the file's classifier where it does not fit, as a whole: half of one is no use.
+
+    Returns:
+        Why the model could not be evaluated now, and what to do; empty if nothing is fresh.
+    """
     ours = {name for name in own if _is_under(name, head)}
     if ours:
         if all(name in weights and weights[name].shape == own[name].shape for name in ours):
-            return
+            return ""
         report.head_replaced = sorted(ours)
         dropped = [name for name in weights if _is_under(name, head)]
     else:
@@ -233,20 +265,65 @@ def _replace_head(
             if _is_under(name, {*head, *_HEAD_NAMES} - {""}) and name not in own
         ]
         report.head_replaced = sorted(dropped)
+    # Of a classifier with hidden layers, only the last has a row per class.
+    counts = {
+        (*weights[name].shape[:1], *own[name].shape[:1])
+        for name in set(dropped) & ours
+        if weights[name].ndim and weights[name].shape[:1] != own[name].shape[:1]
+    }
     for name in dropped:
         del weights[name]
+    if not ours:
+        return ""
+    problem = f"the classifier does not fit: {_short(report.head_replaced)}; "
+    if not dropped:
+        problem += "the file has none; "
+    elif len(counts) == 1:
+        theirs, mine = counts.pop()
+        problem += (
+            f"the file's has {theirs} classes, the model's {mine}; set MODEL.NUM_CLASSES {theirs} and use "
+            "data with these classes, or "
+        )
+    return problem + "train a new one first, with --pretrained and without --eval"
+
+
+def _first_conv(model: nn.Module) -> str | None:
+    """Name of the weight that sees the images: that of the model's first convolution."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return f"{name}.weight".lstrip(".")
+    return None
+
+
+def _differ_in_rgb_only(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether convolution `old` is for images of three channels, and `new` differs in nothing else."""
+    return len(old) == len(new) == 4 and old[1] == 3 and (old[0], *old[2:]) == (new[0], *new[2:])
+
+
+def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width that a run was for, by the configuration that it saved beside its weights."""
+    config = content.get("config")
+    try:
+        config = yaml.safe_load(config) if isinstance(config, str) else config
+        return to_pair(config["DATA"]["IMG_SIZE"])
+    except (yaml.YAMLError, TypeError, LookupError, ValueError):
+        return None  # not a configuration of this lineage
 
 
 def _resize(
-    key: str, old: Tensor, new: tuple[int, ...], grid: tuple[int, tuple[int, int], str] | None
+    key: str,
+    old: Tensor,
+    new: tuple[int, ...],
+    grid: tuple[int, tuple[int, int], str] | None,
+    image: tuple[int, int] | None,
 ) -> Tensor | None:
     """Table `old` of the file in the model's shape `new`, or None if it is none that can be resampled.
 
-    The file's grid is taken to be square. So is the model's, unless it says otherwise: `grid` is
-    (special tokens, (h, w), interpolation mode).
+    The file's grid is that of its images' size, if known and fitting, else square. The model's is
+    square, unless it says otherwise: `grid` is (special tokens, (h, w), interpolation mode).
     """
     leaf = key.rsplit(".", 1)[-1]
-    if leaf == "absolute_pos_embed" or leaf.rstrip("1234") == "pos_embed":
+    if _is_position_table(key):
         if old.ndim != 3 or len(new) != 3 or old.shape[2] != new[2]:
             return None
         # PVT resamples bilinearly and calls its tables pos_embed1 to pos_embed4; ViT and Swin bicubically.
@@ -254,9 +331,11 @@ def _resize(
         choices = [(grid[0], grid[1])] if grid else _square_grids(new[1])
         for num_special, size in choices:
             side = _root(old.shape[1] - num_special)
-            if side and num_special + size[0] * size[1] == new[1]:
+            square = (side, side) if side else None
+            before = _image_grid(old.shape[1] - num_special, image) or square
+            if before and num_special + size[0] * size[1] == new[1]:
                 mode = grid[2] if grid else mode
-                return resize_position_grid(old, num_special, (side, side), size, mode)
+                return resize_position_grid(old, num_special, before, size, mode)
         return None
     if leaf == "relative_position_bias_table":
         if old.ndim != 2 or len(new) != 2 or old.shape[1] != new[1]:
@@ -268,6 +347,32 @@ def _resize(
         return resize_bias_table(old, ((before + 1) // 2,) * 2, after)
     if leaf == "complex_weights" and old.ndim == len(new) == 4 and tuple(old.shape[2:]) == new[2:]:
         return resize_complex_filter(old, new[:2])
+    return None
+
+
+def _is_position_table(key: str) -> bool:
+    leaf = key.rsplit(".", 1)[-1]
+    return leaf == "absolute_pos_embed" or leaf.rstrip("1234") == "pos_embed"
+
+
+def _same_layout(
+    old: tuple[int, ...],
+    new: tuple[int, ...],
+    grid: tuple[int, tuple[int, int], str] | None,
+    image: tuple[int, int] | None,
+) -> bool:
+    """Whether a tensor has the model's shape and, if it is a table of a known grid, that grid."""
+    if old != new or not grid or len(old) != 3:
+        return old == new
+    return _image_grid(old[1] - grid[0], image) in (None, grid[1])  # 8x8 has as many as 4x16
+
+
+def _image_grid(length: int, image: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Grid (h, w) of `length` patches of an image, or None if there is none."""
+    for stride in range(1, max(image) + 1) if image else ():
+        grid = (-(-image[0] // stride), -(-image[1] // stride))
+        if grid[0] * grid[1] == length:  # a larger stride gives fewer patches: no other grid fits
+            return grid
     return None
 
 
@@ -287,7 +392,7 @@ def _refuse_misfits(
     report: LoadReport,
     misfits: Mapping[str, str],
     allow_partial: bool,
-    new_head: bool,
+    head_problem: str,
 ) -> None:
     """ValueError that names everything that does not fit at once, unless it was asked for."""
     problems = []
@@ -301,15 +406,16 @@ def _refuse_misfits(
         if missing:
             close = nearest(report.unexpected[0], missing)[:3]
             problems.append(f"is '{report.unexpected[0]}' meant to be one of {close}?")
-    if report.head_replaced and not new_head:
-        problems.append(f"the classifier does not fit: {_short(report.head_replaced)}")
+    advice = ""
     if problems:
-        raise ValueError(
-            f"{report.source} does not fit the model; "
-            + "; ".join(problems)
-            + ". Check MODEL.TYPE, its "
-            "sizes and MODEL.NUM_CLASSES, or allow a partial load"
+        advice = (
+            ". Check MODEL.TYPE, its sizes and MODEL.IN_CHANS, or set MODEL.PRETRAINED_PARTIAL True to "
+            "load what fits"
         )
+    if head_problem:
+        problems.append(head_problem)
+    if problems:
+        raise ValueError(f"{report.source} does not fit the model; {'; '.join(problems)}{advice}")
     if misfits and not report.loaded:
         raise ValueError(f"{report.source}: no tensor fits the model; {_short(misfits.values())}")
 

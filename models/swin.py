@@ -234,6 +234,11 @@ class SwinBackbone(Backbone):
             if name == "absolute_pos_embed" or any(key in name for key in self.no_decay_keywords)
         }
 
+    def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
+        if self.absolute_pos_embed is None:
+            return {}
+        return {"absolute_pos_embed": (0, self.grid, "bicubic")}
+
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         return stage_prefixes(self.layers)
 

@@ -69,6 +69,10 @@ def load_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ValueError(_missing(path))
+    with path.open("rb") as file:
+        start = file.read(40)
+    if not start:
+        raise ValueError(f"checkpoint {path} is empty")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file as load_safetensors
@@ -77,19 +81,26 @@ def load_file(path: str | Path) -> Any:
             return load_safetensors(path)
         except SafetensorError as error:
             raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+    if not start.startswith((b"PK", b"\x80")):
+        raise ValueError(
+            f"{path} is no checkpoint: it is neither a .safetensors file nor what torch.save writes, a "
+            f"zip archive or a pickle; it starts with {start!r}"
+        )
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _refused_globals(path, str(error))
         if not refused:
-            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+            # PyTorch's message begins with the advice to run whatever code is in the file.
+            reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0]
+            raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
         raise ValueError(
             f"checkpoint {path} would run code when loaded: it holds {', '.join(refused)}. If you trust "
             "its author, convert it once: torch.save({'model': torch.load(path, weights_only=False)"
             "['model']}, new_path)"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError) as error:
         raise ValueError(f"checkpoint {path} is damaged or cut off: {error}") from error
 
 
@@ -172,11 +183,18 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
+_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
 def _missing(path: Path) -> str:
-    """Message about a file that does not exist, with what its folder has."""
+    """Message about a path that is no file, with what its folder has, or it has as a folder."""
+    if path.is_dir():
+        inside = [p for folder in (path, path / "checkpoints") for p in folder.glob("*.*")]
+        found = sorted(str(p) for p in inside if p.suffix in _SUFFIXES)
+        return f"checkpoint {path} is a directory: give a file; it has {found or 'none'}"
     if not path.parent.is_dir():
         return f"checkpoint {path} does not exist, nor does its folder"
-    names = [p.name for p in path.parent.iterdir() if p.suffix in (".pth", ".pt", ".safetensors")]
+    names = [p.name for p in path.parent.iterdir() if p.suffix in _SUFFIXES]
     return f"checkpoint {path} does not exist; its folder has {nearest(path.name, names) or 'none'}"
 
 
@@ -345,7 +363,10 @@ class Checkpointer:
             OSError: rank 0 could not write; raised on every rank, and the old files are intact.
             ValueError: something is neither a tensor nor plain data, or the metric is missing.
         """
-        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        metrics = {
+            name: value if type(value) is int else float(value)
+            for name, value in (metrics or {}).items()
+        }
         improved = self._improves(metrics)
         if improved:
             # Before anything is written: a resumed run must compare with this one, not its precursor.

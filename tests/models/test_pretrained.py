@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from yacs.config import CfgNode
 
-from models import Backbone
+from models import Backbone, registry
 from models.layers.resize import (
     resize_bias_table,
     resize_complex_filter,
@@ -117,8 +117,18 @@ def test_averaged_weights_are_taken_on_request_only(trained, key):
     assert report.source.startswith(f"file.pth [{key}]")
     assert has_averaged_weights(content)
     assert not has_averaged_weights({"model": trained, key: None})
-    with pytest.raises(ValueError, match="no averaged weights"):
+    with pytest.raises(ValueError, match=r"no averaged weights.*MODEL\.PRETRAINED_EMA False"):
         load_pretrained(model, {"model": trained}, use_ema=True)
+
+
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
+def test_averaged_weights_without_plain_ones_are_taken_and_it_is_said(trained, key, caplog):
+    caplog.set_level("INFO")
+    model = Toy()
+    report = load_pretrained(model, {key: trained, "epoch": 3}, name="x.pth")
+    assert is_loaded(model, trained)
+    assert report.source == f"x.pth [{key}]"
+    assert f"x.pth has averaged weights only: taking '{key}'" in caplog.text
 
 
 def test_wrapped_models_are_loaded_inside(trained):
@@ -172,6 +182,52 @@ def test_a_grid_that_is_not_square_is_asked_of_the_model(trained):
         load_pretrained(model, trained)
 
 
+@pytest.mark.parametrize("name", ["swin", "swinv2", "dfvt"])
+def test_absolute_positions_follow_images_that_are_not_square(name):
+    sizes = dict(embed_dim=24, depths=(1, 1), num_heads=(2, 2), window_size=2, ape=True)
+    if name == "swinv2":
+        sizes["pretrained_window_sizes"] = (0, 0)
+    build = registry.find(name).cls
+    source = build(img_size=64, **sizes)
+    # The second has as many positions as the source: only the file's config tells the grids apart.
+    for size, grid, beside in (
+        ([32, 64], (8, 16), {}),
+        ([32, 128], (8, 32), {"config": "DATA: {IMG_SIZE: 64}"}),
+    ):
+        model = build(img_size=size, **sizes)
+        load_pretrained(model, {"model": source.state_dict()} | beside)
+        expected = resize_position_grid(source.absolute_pos_embed, 0, (16, 16), grid)
+        torch.testing.assert_close(model.absolute_pos_embed, expected)
+    again = build(img_size=size, **sizes)
+    load_pretrained(again, {"model": model.state_dict(), "config": f"DATA: {{IMG_SIZE: {size}}}"})
+    assert torch.equal(again.absolute_pos_embed, model.absolute_pos_embed)
+    assert build(img_size=64, **sizes | {"ape": False}).position_tables() == {}
+
+
+@pytest.mark.parametrize("form", [dict, str], ids=["of the lineage", "of MixLab"])
+@pytest.mark.parametrize("grid", [(2, 8), (2, 6)], ids=["as many as 4x4", "no square"])
+def test_a_grid_that_is_not_square_is_read_from_the_files_config(trained, grid, form):
+    positions = torch.randn(1, 1 + grid[0] * grid[1], 6)
+    wide = dict(trained) | {"tables.pos_embed": positions}
+    config = {"DATA": {"IMG_SIZE": [16 * grid[0], 16 * grid[1]]}}
+    model = Toy(grid=5)
+    with pytest.raises(ValueError, match=r"pos_embed1 .* nor one of DATA\.IMG_SIZE"):
+        load_pretrained(
+            model,
+            {"model": wide | {"tables.pos_embed1": torch.randn(1, 7, 6)}, "config": form(config)},
+        )
+    load_pretrained(model, {"model": wide, "config": form(config)})
+    expected = resize_position_grid(positions, 1, grid, (5, 5))
+    torch.testing.assert_close(model.tables.pos_embed, expected)
+
+
+def test_a_grid_that_is_neither_square_nor_known_is_refused(trained):
+    wide = dict(trained) | {"tables.pos_embed": torch.randn(1, 13, 6)}
+    for config in ({}, {"config": "A: ["}, {"config": None}, {"config": {"DATA": {}}}):
+        with pytest.raises(ValueError, match=r"tables\.pos_embed \(1, 13, 6\) .* DATA\.IMG_SIZE"):
+            load_pretrained(Toy(), {"model": wide} | config)
+
+
 def test_other_token_or_head_counts_are_not_resampled(trained):
     with pytest.raises(ValueError, match=r"pos_embed \(1, 17, 6\) instead of \(1, 18, 6\)"):
         load_pretrained(Toy(num_special=2), trained)
@@ -191,14 +247,61 @@ def test_a_classifier_of_other_classes_stays_fresh(trained, caplog):
     assert is_loaded(model, trained, but=("head",))
     assert report.head_replaced == ["head.bias", "head.weight"]
     assert "classifier not taken from the file: head.bias, head.weight" in caplog.text
-    with pytest.raises(ValueError, match=r"classifier does not fit: head\.bias"):
+    with pytest.raises(
+        ValueError,
+        match=r"not fit: head\.bias.*has 5 classes, the model's 7; set MODEL.NUM_CLASSES 5",
+    ):
         load_pretrained(model, trained, new_head=False)
+
+
+def test_of_a_classifier_with_hidden_layers_only_the_last_tells_its_classes(trained):
+    def deep(num_classes):
+        model = Toy()
+        model.head = nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, num_classes))
+        return model
+
+    with pytest.raises(ValueError, match=r"has 4 classes, the model's 7; set MODEL\.NUM_CLASSES 4"):
+        load_pretrained(deep(7), deep(4).state_dict(), new_head=False)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_a_first_convolution_for_rgb_serves_other_channels(channels, caplog):
+    """Grey images give what the same images in three channels give."""
+    caplog.set_level("INFO")
+    sizes = dict(embed_dim=8, depths=(1,), num_heads=(2,), window_size=2, img_size=16)
+    source = registry.find("swin").cls(**sizes).eval()
+    model = registry.find("swin").cls(**sizes, in_chans=channels).eval()
+    report = load_pretrained(model, {"model": source.state_dict()})
+    name = "patch_embed.proj.weight"
+    assert report.adapted == {name: ((8, 3, 4, 4), (8, channels, 4, 4))}
+    assert f"adapted to the channels of the images: {name}" in caplog.text
+    old, new = source.patch_embed.proj.weight, model.patch_embed.proj.weight
+    if channels == 1:
+        x = torch.rand(2, 1, 16, 16)
+        torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)))
+    else:
+        expected = torch.cat([old, old], dim=1)[:, :channels] * 3 / channels
+        torch.testing.assert_close(new, expected)
+    with pytest.raises(
+        ValueError, match=r"proj\.weight \(8, 3, 4, 4\) instead of.*MODEL\.IN_CHANS"
+    ):
+        load_pretrained(model, source.state_dict(), new_head=False)
+
+
+def test_only_rgb_stems_of_the_same_kernel_are_adapted():
+    build = registry.find("swin").cls
+    sizes = dict(embed_dim=8, depths=(1,), num_heads=(2,), window_size=2, img_size=16)
+    for changes in (dict(in_chans=4), dict(patch_size=2)):
+        with pytest.raises(ValueError, match=r"other shapes: patch_embed\.proj\.weight"):
+            load_pretrained(build(**sizes, in_chans=1), build(**sizes | changes).state_dict())
 
 
 def test_a_file_without_classifier_starts_a_fresh_one(trained):
     body = {name: t for name, t in trained.items() if not name.startswith("head")}
     assert load_pretrained(Toy(), body).head_replaced == ["head.bias", "head.weight"]
-    with pytest.raises(ValueError, match="classifier does not fit"):
+    with pytest.raises(
+        ValueError, match=r"classifier does not fit.*has none; train a new one first"
+    ):
         load_pretrained(Toy(), body, new_head=False)
 
 
@@ -212,16 +315,17 @@ def test_a_model_without_classifier_leaves_the_files_out(trained):
 def test_names_that_do_not_match_are_refused_unless_asked_for(trained):
     """Trap 9: silent strict=False hides that pretrained keys do not match."""
     state = dict(trained)
-    state["norm.wieght"] = state.pop("norm.weight")
+    state["norm.w3ight"] = state.pop("norm.weight")
     model = Toy()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"missing 1: norm\.weight.*unexpected 1: norm\.wieght.*meant"
+        ValueError,
+        match=r"missing 1: norm\.weight.*unexpected 1: norm\.w3ight.*meant.*PARTIAL True",
     ):
         load_pretrained(model, state)
     assert is_loaded(model, before), "nothing is loaded before everything fits"
     report = load_pretrained(model, state, allow_partial=True)
-    assert (report.missing, report.unexpected) == (["norm.weight"], ["norm.wieght"])
+    assert (report.missing, report.unexpected) == (["norm.weight"], ["norm.w3ight"])
     assert is_loaded(model, trained, but=("norm.weight",))
     assert "not in the file, fresh: norm.weight" in str(report)
 
@@ -242,10 +346,11 @@ def test_a_file_of_another_model_is_refused_even_if_partial_loads_are_asked_for(
 
 
 def test_files_without_weights_say_what_they_have():
+    averaged = {"w": torch.ones(1)}
     with pytest.raises(
-        ValueError, match=r"only epoch, model_ema.*averaged ones under \['model_ema'\]"
+        ValueError, match=r"only ema, epoch, model_ema; MODEL\.PRETRAINED_EMA True takes the first"
     ):
-        load_pretrained(Toy(), {"epoch": 1, "model_ema": {"w": torch.ones(1)}})
+        load_pretrained(Toy(), {"epoch": 1, "model_ema": averaged, "ema": averaged})
     with pytest.raises(ValueError, match="no tensor, only "):
         load_pretrained(Toy(), {"model": {}})
     with pytest.raises(ValueError, match="holds a list"):

@@ -275,19 +275,43 @@ def test_a_numpy_object_is_no_number(tmp_path):
     scalar = np.float64(0).__reduce__()[0]
     evil = type("Wrap", (), {"__reduce__": lambda self: (scalar, (np.dtype("O"), b"x"))})()
     torch.save({"model": evil}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="object"):
+    with pytest.raises(ValueError, match="ObjectDType") as caught:
         load_file(tmp_path / "x.pth")
+    assert "Re-running" not in str(caught.value)
 
 
 def test_a_damaged_file_is_named(tmp_path):
     save_checkpoint(tmp_path / "a.pth", {"w": torch.ones(1000)})
     (tmp_path / "cut.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:500])
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "text.pth").write_text("<html>404</html>")
     (tmp_path / "cut.safetensors").write_bytes(b"12345678")
-    for name in ("cut.pth", "empty.pth", "text.pth", "cut.safetensors"):
+    (tmp_path / "pickle.pth").write_bytes(b"\x80\x02e.")
+    for name in ("cut.pth", "pickle.pth", "cut.safetensors"):
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             load_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["<html>404</html>", "MODEL:\n  TYPE: swin\n", "hello world\n"])
+def test_a_text_file_is_refused_without_advice_to_load_it_anyway(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.yaml is no checkpoint.*starts with") as caught:
+        load_file(tmp_path / "x.yaml")
+    assert "weights_only" not in str(caught.value)
+    assert text[:5] in str(caught.value)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "x.pth").touch()
+    with pytest.raises(ValueError, match=r"x\.pth is empty"):
+        load_file(tmp_path / "x.pth")
+
+
+def test_a_folder_names_the_checkpoints_in_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    save_checkpoint(tmp_path / "checkpoints" / "best.pth", {})
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        for look in (load_file, lambda path: choose_source("eval", "last.pth", resume=str(path))):
+            with pytest.raises(ValueError, match=r"is a directory: give a file; .*best\.pth"):
+                look(folder)
 
 
 def test_a_missing_file_names_what_is_there(tmp_path):
