@@ -5,7 +5,7 @@ A backbone takes plain keyword arguments (see `registry.py`), loads the publishe
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Backbone(nn.Module):
     num_classes: int
     # True where tokens are really dropped, so that no feature map is left for dense tasks.
     drops_tokens: bool = False
+    # True where routing decides how much is computed, so that two images can cost differently.
+    cost_depends_on_images: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +123,10 @@ class Backbone(nn.Module):
         `models/pretrained.py` finds all others by name and shape.
         """
         return {}
+
+    def counting(self) -> AbstractContextManager[None]:
+        """While it is entered, `forward` runs the operations that papers count, whatever is faster here."""
+        return nullcontext()
 
     # -- for subclasses --------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 Paper:      arXiv:2210.05958, Sec. 3 (SOPE, DAFF, HI-MHSA)
 Reference:  github.com/ArieSeirack/DHVT
 Deviations: any image size and number of channels; plain batch norm in the stem, where the release has the
-            synchronised one (the same weights: set TRAIN.SYNC_BN for several processes)
+            synchronised one (the same weights: set TRAIN.SYNC_BN for several GPUs)
 Shapes:     B batch, H/W map of patches, C channels; x is the map (B, H, W, C), cls the class token (B, 1, C)
 
 The class token lives apart from the map, so that only attention joins the two.
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self, x: Tensor, cls: Tensor, y: Tensor, y_cls: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.training and self.drop_path.drop_prob:
-            keep = self.drop_path(y.new_ones(len(y), 1, 1))
+            keep = self.drop_path(y.new_ones(y.shape[0], 1, 1))
             y = y * keep[..., None]
             y_cls = None if y_cls is None else y_cls * keep
         return x + y, cls if y_cls is None else cls + y_cls
@@ -136,7 +136,7 @@ class DHVT(Backbone):
     def _forward_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> map (B, H, W, C) and class token (B, 1, C), not normalised."""
         x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()  # B H W C
-        cls = self.cls_token.expand(len(x), -1, -1)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.blocks:
             x, cls = self.run_block(block, x, cls)
         return x, cls

@@ -4,6 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import without_autocast
+
+
+def same_size(old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Whether two sizes are equal; no, if an exporter left `new` open.
+
+    Resizing to the same size changes nothing, so the path that is exported then fits all sizes.
+    """
+    return not any(isinstance(side, torch.SymInt) for side in new) and tuple(old) == tuple(new)
+
 
 def resize_position_grid(
     table: Tensor,
@@ -13,7 +23,7 @@ def resize_position_grid(
     mode: str = "bicubic",
 ) -> Tensor:
     """Position embedding (1, num_special + h*w, C) of grid `old` -> that of grid `new`."""
-    if old == new:
+    if same_size(old, new):
         return table
     special, grid = table[:, :num_special], table[:, num_special:]
     grid = grid.unflatten(1, old).permute(0, 3, 1, 2)
@@ -39,7 +49,7 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
     dtype = torch.promote_types(filters.dtype, torch.float32)
     # One matrix per axis: ten times faster than `interpolate` on the many channels of a global
     # filter, so that every forward pass can do it; half precision would blur the filters.
-    with torch.autocast(filters.device.type, enabled=False):
+    with without_autocast(filters):
         rows, columns = (
             _bicubic_matrix(old, size, filters.device).to(dtype)
             for old, size in zip(filters.shape[:2], new, strict=True)

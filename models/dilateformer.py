@@ -1,0 +1,221 @@
+"""DilateFormer: dilated local attention in the two shallow stages, global attention in the two deep ones.
+
+Paper:      arXiv:2302.01791, Sec. 3.1 and 3.2 (attention), Sec. 3.3 (network, position encoding)
+Reference:  the DilateFormer release
+Deviations: trains in float32 (the release writes into a tensor that its backward pass needs) and takes
+            any input size (the release asserts one, though no parameter depends on it). The released
+            dilateformer_small has 24.06 M parameters where the paper says 21 M; we follow the release.
+            Two of its merging ways crash and are not offered.
+Shapes:     B batch, C channels, H/W feature height/width; blocks work on (B, H, W, C)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .layers.attention import Attention
+from .layers.dilated import DilatedAttention
+from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.mlp import Mlp
+from .layers.tokens import pad_to_multiple
+from .registry import register
+
+LAYER_NORM_EPS = 1e-6
+# Kernel size, stride and padding of the four convolutions of a stem.
+STEMS = {
+    "overlapping": ((3, 1, 1), (3, 2, 1), (3, 1, 1), (3, 2, 1)),
+    "pointconv": ((3, 2, 1), (1, 1, 0), (3, 2, 1), (1, 1, 0)),
+}
+PATCH_WAYS = (*STEMS, "nonoverlapping")
+MERGINGS = {"conv3_2": (3, 2, 1), "conv2_2": (2, 2, 0)}
+
+
+class ConvStem(nn.Module):
+    """Four convolutions, batch norm and GELU between them, to a quarter of the size.
+
+    Shapes: (B, in_chans, H, W) -> (B, embed_dim, ceil(H/4), ceil(W/4)).
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_way: str):
+        super().__init__()
+        if patch_way == "nonoverlapping":
+            self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, 4, stride=4)
+            return
+        layers: list[nn.Module] = []
+        widths = (in_chans, 16, 32, 64, embed_dim)
+        for i, (kernel, stride, padding) in enumerate(STEMS[patch_way]):
+            layers.append(nn.Conv2d(*widths[i : i + 2], kernel, stride, padding, bias=False))
+            if i < 3:
+                layers += [nn.BatchNorm2d(widths[i + 1]), nn.GELU()]
+        self.proj = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Channels last from the first convolution on: the blocks then take the map as it is.
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.proj(pad_to_multiple(x, 4) if isinstance(self.proj, nn.Conv2d) else x)
+
+
+class PatchMerging(nn.Module):
+    """Strided convolution and batch norm: (B, C, H, W) -> (B, 2C, ceil(H/2), ceil(W/2))."""
+
+    def __init__(self, dim: int, merging_way: str):
+        super().__init__()
+        kernel, stride, padding = MERGINGS[merging_way]
+        self.overlaps = padding > 0
+        self.proj = nn.Sequential(
+            nn.Conv2d(dim, 2 * dim, kernel, stride, padding), nn.BatchNorm2d(2 * dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x if self.overlaps else pad_to_multiple(x, 2))
+
+
+class GlobalAttention(Attention):
+    """Self-attention over all positions: (B, H, W, C) -> (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+
+
+class Block(nn.Module):
+    """Position encoding by a depth-wise convolution, attention, MLP (Sec. 3.3).
+
+    Shapes: (B, H, W, C) -> (B, H, W, C), contiguous: the convolution sees a channels-last view.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, mlp_ratio, drop=drop)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, and the merging that follows them; keys as published."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
+@register("dilateformer", node="DILATEFORMER")
+class DilateFormer(Backbone):
+    """Four stages of widths embed_dim * (1, 2, 4, 8) at strides 4, 8, 16 and 32.
+
+    Args:
+        img_size: not used, no parameter depends on it.
+        drop_rate: dropout of the MLPs; the published network has no other.
+        kernel_size: side of the dilated windows, odd.
+        dilation: of the head groups; its length divides num_heads of the first two stages.
+        patch_way: stem, one of `PATCH_WAYS` (the release's "overlaping", "nonoverlaping" too).
+        merging_way: between stages, one of `MERGINGS`.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        embed_dim: int = 72,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        kernel_size: int = 3,
+        dilation: Sequence[int] = (1, 2, 3),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        patch_way: str = "overlapping",
+        merging_way: str = "conv3_2",
+    ):
+        super().__init__()
+        patch_way = patch_way.replace("overlaping", "overlapping")
+        _check_choice("PATCH_WAY", patch_way, PATCH_WAYS)
+        _check_choice("MERGING_WAY", merging_way, tuple(MERGINGS))
+        if len(depths) != 4 or len(num_heads) != 4:
+            raise ValueError(
+                f"MODEL.DILATEFORMER.DEPTHS={list(depths)} and NUM_HEADS={list(num_heads)} must have "
+                "four entries, one per stage"
+            )
+        dims = [embed_dim * 2**i for i in range(4)]
+        self.num_classes, self.num_features = num_classes, dims[-1]
+        self.feature_info = [dict(channels=dim, stride=4 * 2**i) for i, dim in enumerate(dims)]
+        rates = drop_path_rates(drop_path_rate, list(depths))
+
+        def attention(stage: int) -> nn.Module:
+            dim, heads = dims[stage], num_heads[stage]
+            if stage < 2:
+                return DilatedAttention(dim, heads, kernel_size, dilation, qkv_bias)
+            return GlobalAttention(dim, heads, qkv_bias)
+
+        self.patch_embed = ConvStem(in_chans, embed_dim, patch_way)
+        self.stages = nn.ModuleList(
+            Stage(
+                [Block(dims[i], attention(i), mlp_ratio, drop_rate, rate) for rate in rates[i]],
+                PatchMerging(dims[i], merging_way) if i < 3 else nn.Identity(),
+            )
+            for i in range(4)
+        )
+        self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS)
+        self.apply(init_vit_)
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> normalised tokens (B, ceil(H/32) * ceil(W/32), 8C)."""
+        return self._stage_outputs(x)[-1].flatten(1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.mean(1)
+        return x if pre_logits else self.head(x)
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """Images -> the four stages' maps; the last one has been through `norm`, as the classifier
+        sees it, so that the published state dict loads in full and no parameter is without gradient.
+        """
+        return [y.permute(0, 3, 1, 2) for y in self._stage_outputs(x)]
+
+    def _stage_outputs(self, x: Tensor) -> list[Tensor]:
+        """The residual stream (B, H, W, C) at the end of each stage, the last one normalised."""
+        outputs = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.stages):
+            x = x.permute(0, 2, 3, 1).contiguous()  # B H W C
+            x = self.run_blocks(stage.blocks, x)
+            outputs.append(x if i < 3 else self.norm(x))
+            x = stage.downsample(x.permute(0, 3, 1, 2))
+        return outputs
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head = new_classifier(self.num_features, num_classes)
+
+    def layer_prefixes(self) -> list[tuple[str, ...]]:
+        prefixes: list[tuple[str, ...]] = [("patch_embed",)]
+        for i, stage in enumerate(self.stages):
+            # A merging belongs to the first block of the stage that it leads to.
+            merging = [f"stages.{i - 1}.downsample"] if i else []
+            for j in range(len(stage.blocks)):
+                prefixes.append((*merging, f"stages.{i}.blocks.{j}"))
+                merging = []
+        return prefixes
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"MODEL.DILATEFORMER.{key}='{value}' must be one of {list(choices)}")

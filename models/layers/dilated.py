@@ -1,0 +1,194 @@
+"""Multi-scale dilated attention: each head looks at a sparse window around every position.
+
+DilateFormer, arXiv:2302.01791, Sec. 3.1 (sliding window dilated attention) and 3.2 (several scales).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class DilatedAttention(nn.Module):
+    """Attention of each position to its k x k neighbours at a distance that depends on the head.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C). Heads come in len(dilation) equal groups, one per dilation.
+
+    Args:
+        kernel_size: k, odd.
+        dilation: pixels between neighbours, per group of heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 3,
+        dilation: Sequence[int] = (1, 2, 3),
+        qkv_bias: bool = True,
+    ):
+        super().__init__()
+        if kernel_size % 2 == 0 or kernel_size < 1:
+            raise ValueError(
+                f"kernel_size={kernel_size} must be odd, so that a window has a centre; take "
+                f"{kernel_size + 1}"
+            )
+        if not dilation or min(dilation) < 1:
+            raise ValueError(f"dilation={list(dilation)} must be positive numbers of pixels")
+        if dim % num_heads or num_heads % len(dilation):
+            raise ValueError(
+                f"{dim} channels in num_heads={num_heads} heads for dilation={list(dilation)}: "
+                f"num_heads must divide the channels and be a multiple of {len(dilation)}"
+            )
+        self.num_heads = num_heads
+        self.kernel_size, self.dilation = kernel_size, tuple(dilation)
+        self.scale = (dim // num_heads) ** -0.5
+        # A convolution in the published weights; computed as the matrix product that it is.
+        self.qkv = nn.Conv2d(dim, dim * 3, 1, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        # Batched products read and write transposed operands: planes come out without a copy.
+        weight = self.qkv.weight.flatten(1).expand(batch, -1, -1)
+        qkv = _product(weight, x.flatten(1, 2).transpose(1, 2), self.qkv.bias, dim=1)  # B 3C HW
+        x = dilated_attention(
+            qkv.unflatten(2, (height, width)),
+            self.num_heads,
+            self.kernel_size,
+            self.dilation,
+            self.scale,
+        )
+        weight = self.proj.weight.t().expand(batch, -1, -1)
+        x = _product(x.flatten(2).transpose(1, 2), weight, self.proj.bias, dim=2)  # B HW C
+        return x.unflatten(1, (height, width))
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    """Batched a @ b, plus `bias` along dimension `dim`."""
+    if bias is None:
+        return torch.bmm(a, b)
+    return torch.baddbmm(bias[None, :, None] if dim == 1 else bias[None, None], a, b)
+
+
+def dilated_attention(
+    qkv: Tensor, num_heads: int, kernel_size: int, dilation: Sequence[int], scale: float
+) -> Tensor:
+    """Queries, keys and values (B, 3C, H, W) -> weighted values (B, C, H, W).
+
+    Channels are (q | k | v, dilation, head of the group, head_dim). A neighbour outside the image has
+    key 0 and value 0: it takes its share of the softmax and contributes nothing (no mask).
+    """
+    args = (num_heads, kernel_size, tuple(dilation), scale)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _DilatedAttention.apply(qkv, *args)
+    return _forward(qkv, *args)[0]
+
+
+class _DilatedAttention(torch.autograd.Function):
+    """Keeps qkv and the probabilities only; autograd would scatter a padded map for each neighbour."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, heads: int, kernel: int, dilation: tuple[int, ...], scale: float
+    ) -> Tensor:
+        out, probs = _forward(qkv, heads, kernel, dilation, scale)
+        ctx.save_for_backward(qkv, *probs)
+        ctx.args = (heads, kernel, dilation, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, *probs = ctx.saved_tensors
+        return _backward(grad, qkv, probs, *ctx.args), None, None, None, None
+
+
+def _forward(
+    qkv: Tensor, heads: int, kernel: int, dilation: tuple[int, ...], scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Weighted values (B, C, H, W), and per dilation the probabilities (B, heads, k * k, H, W)."""
+    outputs, probs = [], []
+    for (q, k, v), r in zip(_groups(qkv, heads, dilation), dilation, strict=True):
+        k, v = _padded(k, r, kernel), _padded(v, r, kernel)
+        prob = _dots(q, k, r, kernel).mul_(scale).softmax(2).to(qkv.dtype)
+        out = None
+        for weight, view in zip(prob.unbind(2), _neighbours(v, r, kernel), strict=True):
+            weight = weight[:, :, None]  # B h 1 H W
+            out = view * weight if out is None else out.addcmul_(view, weight)
+        outputs.append(out.flatten(1, 2))
+        probs.append(prob)
+    return torch.cat(outputs, dim=1), probs
+
+
+def _backward(
+    grad: Tensor,
+    qkv: Tensor,
+    probs: list[Tensor],
+    heads: int,
+    kernel: int,
+    dilation: tuple[int, ...],
+    scale: float,
+) -> Tensor:
+    """Gradient of qkv (B, 3C, H, W) from that of the output (B, C, H, W)."""
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    # Coming from a batched product it is channels last, and planes are what the loops read.
+    grad = grad.contiguous().unflatten(1, (len(dilation), heads // len(dilation), -1))
+    grads = _groups(grad_qkv, heads, dilation)
+    for i, ((q, k, v), r) in enumerate(zip(_groups(qkv, heads, dilation), dilation, strict=True)):
+        g, prob = grad[:, i], probs[i]  # B h d H W, B h k*k H W
+        grad_q, grad_k, grad_v = grads[i]
+        k, v = _padded(k, r, kernel), _padded(v, r, kernel)
+        d_prob = _dots(g, v, r, kernel)
+        wide = prob.to(d_prob.dtype)
+        d_logit = (wide * (d_prob - (wide * d_prob).sum(2, keepdim=True))).mul_(scale).to(g.dtype)
+
+        # Padded maps collect what neighbours outside the image get; cutting it off drops it.
+        wide_k, wide_v = torch.zeros_like(k), torch.zeros_like(v)
+        total = torch.zeros_like(q)
+        views = (_neighbours(t, r, kernel) for t in (k, wide_k, wide_v))
+        for p, s, k_t, grad_k_t, grad_v_t in zip(
+            prob.unbind(2), d_logit.unbind(2), *views, strict=True
+        ):
+            total.addcmul_(k_t, s[:, :, None])
+            grad_k_t.addcmul_(q, s[:, :, None])
+            grad_v_t.addcmul_(g, p[:, :, None])
+        grad_q.copy_(total)
+        grad_k.copy_(_inner(wide_k, r, kernel))
+        grad_v.copy_(_inner(wide_v, r, kernel))
+    return grad_qkv
+
+
+def _groups(qkv: Tensor, heads: int, dilation: tuple[int, ...]) -> list[tuple[Tensor, ...]]:
+    """(B, 3C, H, W) -> per dilation views q, k, v (B, heads / len(dilation), head_dim, H, W)."""
+    parts = qkv.unflatten(1, (3, len(dilation), heads // len(dilation), -1))
+    return [group.unbind(1) for group in parts.unbind(2)]
+
+
+def _dots(q: Tensor, padded: Tensor, r: int, kernel: int) -> Tensor:
+    """Dot product of q (B, h, d, H, W) with each neighbour -> (B, h, k * k, H, W), float32 at least."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.stack([(q * t).sum(2, dtype=dtype) for t in _neighbours(padded, r, kernel)], dim=2)
+
+
+def _padded(x: Tensor, r: int, kernel: int) -> Tensor:
+    """(..., H, W) with a border of zeros that the outermost neighbours reach."""
+    return F.pad(x, (r * (kernel // 2),) * 4)
+
+
+def _inner(x: Tensor, r: int, kernel: int) -> Tensor:
+    """What `_padded` put the border around."""
+    border = r * (kernel // 2)
+    return x[..., border : x.shape[-2] - border, border : x.shape[-1] - border]
+
+
+def _neighbours(padded: Tensor, r: int, kernel: int) -> Iterator[Tensor]:
+    """Views (..., H, W) of a padded map, one per neighbour, rows outer and columns inner."""
+    reach = r * (kernel - 1)
+    height, width = padded.shape[-2] - reach, padded.shape[-1] - reach
+    for y in range(0, reach + 1, r):
+        for x in range(0, reach + 1, r):
+            yield padded[..., y : y + height, x : x + width]
