@@ -1,0 +1,118 @@
+"""Attention to a few points per query, at learned positions between the pixels."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The published models slow the learning of the positions down by this factor.
+OFFSET_GRADIENT_SCALE = 0.1
+
+
+class PointSampledAttention(nn.Module):
+    """Each query and head averages P bilinear samples of its value map.
+
+    Deformable DETR, arXiv:2010.04159, Eq. 2, with one scale and coordinates in pixels. Offsets from
+    the query's own pixel and the P weights are linear in the query; there are no keys.
+    Shapes: (B, N, C) tokens of a map -> (B, N, C).
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_points: int = 4, proj_drop: float = 0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.num_points = num_points
+        self.v = nn.Linear(dim, dim)
+        self.attn_weight = nn.Linear(dim, num_heads * num_points)
+        self.offsets = nn.Linear(dim, num_heads * num_points * 2)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        per_point = (self.num_heads, self.num_points)
+        values = self.v(x).unflatten(-1, (self.num_heads, -1))  # B N h d
+        # Half precision cannot hold pixel coordinates: 300.5 has no bfloat16.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = self.attn_weight(x).unflatten(-1, per_point).to(wide).softmax(-1)  # B N h P
+        offsets = self.offsets(x).unflatten(-1, (*per_point, 2)).to(wide)  # B N h P 2
+        points = pixel_positions(size, offsets)[:, None, None] + slow_gradient(offsets)
+        sample = sample_rows if gathers_rows(x.device) else sample_maps
+        x = sample(values.to(wide), points, weights, size).to(values.dtype)
+        return self.proj_drop(self.proj(x))
+
+    def init_ring_(self) -> None:
+        """Start with the points on rays around the query, head j in the direction 2 pi j / heads."""
+        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        ray = torch.stack([angle.cos(), angle.sin()], -1)
+        ray = ray / ray.abs().amax(-1, keepdim=True)  # h 2
+        distance = torch.arange(1, self.num_points + 1)
+        with torch.no_grad():
+            self.offsets.weight.zero_()
+            self.offsets.bias.copy_((ray[:, None] * distance[:, None]).flatten())
+
+
+def pixel_positions(size: tuple[int, int], like: Tensor) -> Tensor:
+    """(H*W, 2): x and y of each pixel in raster order, in the type and on the device of `like`."""
+    y, x = (torch.arange(n, dtype=like.dtype, device=like.device) for n in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+
+
+def slow_gradient(x: Tensor) -> Tensor:
+    """x, exactly; its gradient is multiplied by `OFFSET_GRADIENT_SCALE`."""
+    return torch.lerp(x.detach(), x, OFFSET_GRADIENT_SCALE)
+
+
+def gathers_rows(device: torch.device) -> bool:
+    """Whether `sample_rows` is the faster way: on the CPU 2 to 4 times, unless a compiler looks on."""
+    return device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def sample_maps(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """Weighted sums of bilinear samples; a neighbour outside the map counts as zero.
+
+    Args:
+        values: (B, H*W, h, d), float32 or float64, as points and weights.
+        points: (B, N, h, P, 2), x and y in pixels, the centre of the first pixel at (0, 0).
+        weights: (B, N, h, P).
+        size: (H, W).
+
+    Returns:
+        (B, N, h*d).
+    """
+    maps = values.permute(0, 2, 3, 1).unflatten(-1, size).flatten(0, 1)  # B*h d H W
+    # One pixel per side has no extent to normalise by; a column of zeros beside it changes nothing.
+    maps = F.pad(maps, (0, size[1] == 1, 0, size[0] == 1))
+    height, width = maps.shape[2:]
+    points = points * points.new_tensor([2 / (width - 1), 2 / (height - 1)]) - 1
+    points = points.transpose(1, 2).flatten(0, 1)  # B*h N P 2
+    samples = F.grid_sample(maps, points, "bilinear", "zeros", align_corners=True)  # B*h d N P
+    result = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # B*h d N
+    return result.unflatten(0, (values.shape[0], -1)).permute(0, 3, 1, 2).flatten(2)
+
+
+def sample_rows(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same as `sample_maps`, as sums of 4P weighted rows of values: no sample is stored."""
+    batch, length, heads, _ = values.shape
+    height, width = size
+    corners = points.detach().floor()
+    right, down = (points - corners).unbind(-1)  # B N h P
+    columns, rows = corners.long().unbind(-1)
+    indices, factors = [], []
+    for dx, x_factor in enumerate((1 - right, right)):
+        for dy, y_factor in enumerate((1 - down, down)):
+            x, y = columns + dx, rows + dy
+            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+            indices.append(y.clamp(0, height - 1) * width + x.clamp(0, width - 1))
+            factors.append(x_factor * y_factor * weights * inside)
+    image = torch.arange(batch, device=values.device).view(-1, 1, 1, 1, 1)
+    head = torch.arange(heads, device=values.device).view(-1, 1, 1)
+    indices = (image * length + torch.stack(indices, -1)) * heads + head  # B N h P 4
+    result = F.embedding_bag(
+        indices.flatten(0, 2).flatten(1),
+        values.flatten(0, 2),
+        mode="sum",
+        per_sample_weights=torch.stack(factors, -1).flatten(0, 2).flatten(1),
+    )
+    return result.view(batch, -1, values.shape[2] * values.shape[3])

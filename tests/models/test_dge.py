@@ -1,0 +1,291 @@
+"""Dynamic Grained Encoder: chosen queries, budget, complexity. Logits are compared in test_golden.py."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import create_model
+from models.dge import PVTDGE, DeiTDGE, GrainedBlock
+from models.layers import grained
+from models.layers.grained import ragged_attention
+from models.layers.spatial_reduction import SpatialReductionAttention
+from tests.reference.grained_encoder import grained_block
+
+SPLITS = [(4, 2, 1), (2, 4), (2, 1), (4,)]
+# Map size and number of tokens before the map; the second and third are cut by the border.
+GRIDS = [((8, 4), 1), ((5, 7), 0), ((9, 2), 2), ((1, 1), 1)]
+
+
+def mixed_block(splits=(4, 2, 1), reduction=1, **keywords) -> GrainedBlock:
+    """A block whose router chooses all granularities about equally often."""
+    attn = SpatialReductionAttention(8, 2, reduction)
+    block = GrainedBlock(8, attn, 2.0, splits, **keywords).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        block.dge.router.gate.bias.zero_()
+        block.dge.router.gate.weight.normal_()
+    return block
+
+
+def small_deit(**keywords) -> DeiTDGE:
+    defaults = dict(img_size=128, num_classes=5, embed_dim=16, depth=2, num_heads=2)
+    return mix(DeiTDGE(**(defaults | keywords)))
+
+
+def small_pvt(**keywords) -> PVTDGE:
+    defaults = dict(
+        img_size=128,
+        num_classes=5,
+        embed_dims=(8, 8, 16, 16),
+        num_heads=(1, 2, 2, 2),
+        mlp_ratios=(2, 2, 2, 2),
+        depths=(1, 1, 1, 1),
+    )
+    return mix(PVTDGE(**(defaults | keywords)))
+
+
+def mix(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.bias"):
+                parameter.zero_()
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def one_hot(model_gates):
+    return F.one_hot(model_gates.argmax(-1), model_gates.shape[-1]).float()
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+# -- one block -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "extra"), GRIDS)
+@pytest.mark.parametrize("splits", SPLITS)
+def test_evaluation_equals_a_list_of_patches(splits, size, extra):
+    block = mixed_block(splits)
+    x = torch.randn(3, extra + size[0] * size[1], 8)
+    output, routing = block(x, size)
+    expected, choice, counts = grained_block(block, x, size, list(splits))
+    assert routing.logits.argmax(-1).equal(choice)
+    assert block.dge.num_queries(routing.gates, size, extra).tolist() == counts
+    close(output, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 12), (7, 5)])
+def test_keys_of_a_reduced_map_equal_a_list_of_patches(size):
+    block = mixed_block(reduction=2)
+    x = torch.randn(2, size[0] * size[1], 8)
+    close(block(x, size)[0], grained_block(block, x, size, [4, 2, 1])[0])
+
+
+@pytest.mark.parametrize(("size", "extra"), GRIDS)
+@pytest.mark.parametrize("splits", SPLITS)
+def test_asking_all_equals_asking_the_chosen_for_one_hot_gates(splits, size, extra):
+    block = mixed_block(splits)
+    x = torch.randn(3, extra + size[0] * size[1], 8, requires_grad=True)
+    candidates, routing = block.dge(x, size)
+    outputs = [ask(x, candidates, routing.gates, size) for ask in (block.ask_all, block.ask_chosen)]
+    close(*outputs)
+    weight = torch.randn_like(outputs[0])
+    wanted = [x, *block.attn.parameters(), *block.mlp.parameters()]
+    grads = [
+        torch.autograd.grad((output * weight).sum(), wanted, retain_graph=True)
+        for output in outputs
+    ]
+    for dense, sparse in zip(*grads, strict=True):
+        torch.testing.assert_close(dense, sparse, rtol=1e-3, atol=1e-3)
+
+
+def test_training_gates_are_one_hot_with_the_gradient_of_the_softmax():
+    block = mixed_block().train()
+    x = torch.randn(2, 1 + 64, 8)
+    gates = block(x, (8, 8))[1].gates
+    torch.testing.assert_close(gates, one_hot(gates))
+    gates[..., 0].sum().backward()
+    assert block.dge.router.gate.weight.grad.abs().sum() > 0
+    draws = {tuple(block(x, (8, 8))[1].gates.argmax(-1).flatten().tolist()) for _ in range(5)}
+    assert len(draws) > 1
+
+
+def test_drop_path_drops_single_queries():
+    block = mixed_block(drop_path=0.5).train()
+    dropped = block.drop_path(torch.ones(64, 8))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert (dropped == dropped[:, :1]).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[3, 3], [5, 1, 2]])
+def test_padded_attention_equals_attention_image_by_image(lengths, monkeypatch):
+    q = torch.randn(sum(lengths), 8)
+    k, v = torch.randn(2, len(lengths), 2, 6, 4).unbind(0)
+    expected = ragged_attention(q, k, v, lengths)
+    # The way of accelerators, on the CPU.
+    monkeypatch.setattr(grained, "splits_rows", lambda device: False)
+    close(ragged_attention(q, k, v, lengths), expected)
+    rows = q.split(lengths)
+    for image, part in enumerate(expected.split(lengths)):
+        for head in range(2):
+            columns = slice(4 * head, 4 * head + 4)
+            scores = rows[image][:, columns] @ k[image, head].t() / 2
+            close(part[:, columns], scores.softmax(-1) @ v[image, head])
+
+
+def test_router_prefers_the_finest_grain_at_first():
+    for model in (DeiTDGE(img_size=64, depth=1), PVTDGE(img_size=128, depths=(1, 1, 1, 1))):
+        routers = [m for m in model.modules() if isinstance(m, grained.Router)]
+        assert routers
+        for router in routers:
+            assert router.gate.bias.softmax(0).tolist() == pytest.approx([0.95, 0.025, 0.025])
+            assert router.gate.bias[0].item() == pytest.approx(1.818793, abs=1e-6)
+            assert 0.007 < router.gate.weight.std() < 0.013
+
+
+def test_splits_must_divide_the_largest():
+    with pytest.raises(ValueError, match=r"SPLITS=\[4, 3\]"):
+        mixed_block((4, 3))
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_static_complexity_is_the_published_number():
+    with torch.device("meta"):
+        model = create_model("deit_dge_s124_tiny_patch16_256")
+    every = torch.tensor([257.0], dtype=torch.float64)
+    block = model.blocks[0].macs(257, every, model.counted_products)
+    assert block.item() == 139_941_897 + 12_336
+    assert 12 * block.item() + model.fixed_macs(256 * 256) == 1_717_391_532
+    assert 12 * block.item() + model.fixed_macs(3 * 256) == 1_680_085_164
+
+
+@torch.no_grad()
+def test_area_is_counted_as_in_the_release_unless_asked_otherwise():
+    images = torch.randn(1, 3, 64, 96)
+    model = small_deit()
+    official = (model(images), model.complexity())[1]
+    model.official_area = False
+    difference = model.complexity().static - official.static
+    assert difference.item() == (64 * 96 - 3 * 64) * 3 * 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [small_deit, small_pvt])
+def test_complexity_is_per_image_and_grows_with_the_queries(make):
+    model = make()
+    images = torch.randn(3, 3, 128, 128)
+    model(images)
+    static, dynamic = model.complexity()
+    assert static.shape == dynamic.shape == (3,)
+    assert static.dtype is dynamic.dtype is torch.float64
+    assert (dynamic < static).all()
+    model(images[1:2])
+    assert model.complexity().dynamic.item() == dynamic[1].item()
+    for router in (m for m in model.modules() if isinstance(m, grained.Router)):
+        router.gate.bias[0] += 1e4
+    model(images)
+    assert model.complexity().dynamic.tolist() == static.tolist()
+
+
+@pytest.mark.parametrize("make", [small_deit, small_pvt])
+def test_budget_loss_is_the_squared_distance_and_reaches_all_routers(make):
+    model = make(budget=0.3, budget_weight=2.0).train()
+    model(torch.randn(2, 3, 128, 128))
+    static, dynamic = model.complexity()
+    loss = model.aux_losses()["dge_budget"]
+    ratio = (dynamic.mean() / static.mean()).item()
+    assert loss.item() == pytest.approx(2.0 * (ratio - 0.3) ** 2, rel=1e-6)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_minimising_the_budget_loss_meets_the_budget():
+    model = small_deit(budget=0.5).train()
+    images = torch.randn(4, 3, 128, 128)
+    gates = [p for n, p in model.named_parameters() if n.endswith("gate.bias")]
+    for gate in gates:
+        torch.nn.init.constant_(gate[:1], 3.0)
+    optimizer = torch.optim.Adam(gates, lr=0.1)
+    ratios = []
+    for _ in range(40):
+        model(images)
+        static, dynamic = model.complexity()
+        ratios.append((dynamic.mean() / static.mean()).item())
+        optimizer.zero_grad()
+        model.aux_losses()["dge_budget"].backward()
+        optimizer.step()
+    assert ratios[0] > 0.7
+    assert sum(ratios[-10:]) / 10 == pytest.approx(0.5, abs=0.1)
+
+
+def test_there_is_no_budget_loss_in_evaluation_nor_without_weight():
+    model = small_deit()
+    assert model.aux_losses() == {}
+    with pytest.raises(RuntimeError, match="forward"):
+        model.complexity()
+    images = torch.randn(1, 3, 64, 64)
+    model(images)
+    assert model.aux_losses() == {}
+    model = small_deit(budget_weight=0.0).train()
+    model(images)
+    assert model.aux_losses() == {}
+
+
+def test_a_model_can_be_copied_after_a_training_step():
+    model = small_deit().train()
+    images = torch.randn(1, 3, 64, 64)
+    model(images)
+    duplicate = copy.deepcopy(model).eval()
+    assert duplicate.aux_losses() == {}
+    with torch.no_grad():
+        close(duplicate(images), model.eval()(images))
+
+
+@torch.no_grad()
+def test_token_maps_hold_one_choice_per_region():
+    model = small_pvt()
+    model(torch.randn(2, 3, 128, 144))
+    maps = model.token_maps()
+    for stage, stride in enumerate((4, 8, 16, 32), start=1):
+        rows, columns = (math.ceil(math.ceil(side / stride) / 4) for side in (128, 144))
+        choice = maps[f"grain::block{stage}.0.dge"]
+        assert choice.shape == (2, rows, columns)
+        assert maps[f"gate_logits::block{stage}.0.dge"].shape == (2, rows, columns, 3)
+        assert choice.min() >= 0
+        assert choice.max() <= 2
+    model.train()(torch.randn(1, 3, 64, 64))
+    assert model.token_maps() == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [small_deit, small_pvt])
+@pytest.mark.parametrize("size", [(128, 128), (75, 101), (32, 224)])
+def test_training_without_noise_equals_evaluation_at_any_size(make, size, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, *_, **__: self.fill_(1.0))
+    model = make()
+    images = torch.randn(2, 3, *size)
+    chosen, maps = model(images), model.forward_pyramid(images)
+    model.train()
+    close(model(images), chosen)
+    for feature, expected in zip(model.forward_pyramid(images), maps, strict=True):
+        close(feature, expected)
+
+
+@torch.no_grad()
+def test_no_decay_is_the_published_one():
+    assert small_deit().no_weight_decay() == {"pos_embed", "cls_token"}
+    assert small_pvt().no_weight_decay() == {"cls_token"}
