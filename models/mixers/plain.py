@@ -1,0 +1,72 @@
+"""Mixers without learned weights: the controls of a mixer study.
+
+Papers: PoolFormer, arXiv:2111.11418; MetaFormer baselines, arXiv:2210.13452
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .registry import register_mixer
+
+
+@register_mixer("identity")
+class Identity(nn.Module):
+    """No mixing: tokens meet in the downsampling only."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@register_mixer("pooling")
+class Pooling(nn.Module):
+    """Mean over a window, minus the token itself because the block adds it (PoolFormer, Eq. 4)."""
+
+    def __init__(self, dim: int, *, pool_size: int = 3):
+        super().__init__()
+        if pool_size % 2 == 0:
+            raise ValueError(f"pooling: pool_size must be odd to keep the size, got {pool_size}")
+        self.pool_size = pool_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.pool_size // 2
+        mean = F.avg_pool2d(
+            x.permute(0, 3, 1, 2), self.pool_size, 1, padding, count_include_pad=False
+        )
+        return mean.permute(0, 2, 3, 1) - x
+
+
+@register_mixer("random")
+class RandomMixing(nn.Module):
+    """A fixed random row-stochastic matrix over all tokens (baselines, Sec. 2.2).
+
+    The matrix is a buffer: it belongs to the checkpoint but is not trained. It has (H*W)^2 entries of the
+    native grid, so this mixer is for the deep stages. Other sizes interpolate it and renormalise its rows.
+    """
+
+    def __init__(self, dim: int, *, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = (grid[0], grid[1])
+        tokens = grid[0] * grid[1]
+        self.register_buffer("random_matrix", torch.rand(tokens, tokens).softmax(dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[1], x.shape[2])
+        return (self._matrix(size).to(x.dtype) @ x.flatten(1, 2)).unflatten(1, size)
+
+    def _matrix(self, size: tuple[int, int]) -> Tensor:
+        """(H*W, H*W) for the grid `size`; the stored one at the native grid."""
+        if size == self.grid:
+            return self.random_matrix
+        matrix = _resize_columns(self.random_matrix, self.grid, size)  # rows of the native grid
+        matrix = _resize_columns(matrix.t(), self.grid, size).t()
+        return matrix / matrix.sum(dim=1, keepdim=True)
+
+
+def _resize_columns(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(N, h*w) -> (N, h'*w'), each row seen as a map; bilinear, so what is positive stays positive."""
+    maps = matrix.unflatten(1, old)[:, None].float()
+    return F.interpolate(maps, new, mode="bilinear", align_corners=False).flatten(1)

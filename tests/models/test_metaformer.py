@@ -1,0 +1,285 @@
+"""The MetaFormer frame: published sizes, any input size, every mixer in every stage, clear errors."""
+
+import pytest
+import torch
+from torch import nn
+
+from config import load_config
+from models import build_model, create_model, variant_file
+from models.layers.fourier import set_fourier_way
+from models.layers.resize import resize_complex_filter
+from models.metaformer import Downsampling, MetaFormer
+from models.mixers import list_mixers, register_mixer, registry
+
+PUBLISHED_PARAMETERS = dict(
+    dfformer_s18=30_324_372,
+    dfformer_s36=45_610_656,
+    dfformer_m36=65_316_064,
+    dfformer_b36=114_989_344,
+    cdfformer_s18=30_193_512,
+    cdfformer_s36=45_230_658,
+    cdfformer_m36=64_433_218,
+    cdfformer_b36=113_368_642,
+    gfformer_s18=29_639_856,
+    dfformer_s18_k2=28_526_004,
+    dfformer_s18_d8=28_333_716,
+    dfformer_s18_gelu=30_324_300,
+    dfformer_s18_relu=30_324_300,
+    dfformer_s18_afno=29_864_112,
+)
+
+
+def tiny(mixers=("dynamic_filter",) * 4, **keywords):
+    options = dict(
+        mixers=mixers,
+        depths=(1, 1, 2, 1),
+        embed_dims=(16, 16, 32, 32),
+        head_dim=8,
+        num_classes=5,
+        img_size=64,
+    )
+    return MetaFormer(**(options | keywords))
+
+
+def with_visible_weights(model):
+    """Weights so large that no branch is lost in rounding."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.5 if p.ndim == 1 else p[0].numel() ** -0.5))
+    return model
+
+
+def relative_error(value, reference):
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_parameters_are_as_many_as_published(name):
+    with torch.device("meta"):
+        model = build_model(load_config(variant_file(name)))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED_PARAMETERS[name]
+
+
+def test_initial_weights_have_the_published_spread():
+    model = tiny(mixers=("afno", "sepconv", "global_filter", "dynamic_filter"))
+    state = model.state_dict()
+    for name in ("stages.2.0.mlp.fc1.weight", "downsample_layers.3.conv.weight", "head.fc1.weight"):
+        assert state[name].std().item() == pytest.approx(0.02, rel=0.1), name
+    for name in ("stages.0.0.token_mixer.w1", "stages.2.1.token_mixer.complex_weights"):
+        assert state[name].std().item() == pytest.approx(0.02, rel=0.1), name
+    assert state["downsample_layers.0.conv.bias"].eq(0).all()
+    assert state["head.norm.weight"].eq(1).all()
+
+
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("name", list_mixers())
+def test_every_mixer_trains_in_every_stage(name, position):
+    mixers = ["pooling"] * 4
+    mixers[position] = name
+    model = tiny(mixers).train()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    lost = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not lost
+
+
+@pytest.mark.parametrize("way", ["fft", "matmul"])
+def test_other_sizes_equal_a_model_built_for_them_with_resampled_filters(way):
+    model = with_visible_weights(tiny(img_size=64)).eval()
+    other = tiny(img_size=(96, 80)).eval()
+    state = model.state_dict()
+    for name, table in other.state_dict().items():
+        if name.endswith("complex_weights"):
+            assert state[name].shape != table.shape
+            state[name] = resize_complex_filter(state[name], tuple(table.shape[:2]))
+    other.load_state_dict(state, strict=True)
+    set_fourier_way(model, way)
+    set_fourier_way(other, way)
+    images = torch.randn(2, 3, 96, 80)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), other(images))
+
+
+@pytest.mark.parametrize("stem", ["conv7", "patch4"])
+@pytest.mark.parametrize("downsample", ["conv3", "conv2"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 50), (61, 95), (64, 34)])
+def test_maps_have_the_size_of_the_strides_rounded_up(size, stem, downsample):
+    model = tiny(num_classes=0, stem=stem, downsample=downsample)
+    maps = model.forward_pyramid(torch.randn(1, 3, *size))
+    for y, info in zip(maps, model.feature_info, strict=True):
+        expected = tuple(-(-side // info["stride"]) for side in size)
+        assert y.shape == (1, info["channels"], *expected)
+
+
+@pytest.mark.parametrize("side", [32, 35, 36, 39])
+def test_padding_leaves_sizes_alone_that_the_published_stem_takes_whole(side):
+    stem = Downsampling(3, 8, dict(kernel_size=7, stride=4, padding=2))
+    x = torch.randn(1, 3, side, side)
+    out = stem(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(out, stem.conv(x))
+
+
+def test_matrix_products_give_the_logits_of_the_fft():
+    model = with_visible_weights(
+        tiny(("dynamic_filter", "global_filter", "afno", "dynamic_filter"))
+    ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        fft = model(images)
+        set_fourier_way(model, "matmul")
+        assert relative_error(model(images), fft) < 1e-4
+
+
+def test_double_precision_is_really_double():
+    model = with_visible_weights(tiny()).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        single, double = model(images), model.double()(images.double())
+    assert double.dtype == torch.float64
+    assert 1e-8 < relative_error(single.double(), double) < 1e-3
+
+
+@pytest.mark.parametrize("way", ["fft", "matmul"])
+def test_bfloat16_autocast_trains_and_follows_float32(way):
+    model = tiny()
+    set_fourier_way(model, way)
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    out.float().square().mean().backward()
+    assert relative_error(out.float(), expected) < 0.1
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_model_in_bfloat16_runs():
+    model = tiny(("dynamic_filter", "global_filter", "afno", "random")).bfloat16()
+    assert model(torch.randn(1, 3, 64, 64).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_dense_model_has_norms_and_no_classifier():
+    model = tiny(num_classes=0)
+    names = model.state_dict().keys()
+    assert {f"norm{i}.weight" for i in range(4)} <= names
+    assert not [n for n in names if n.startswith(("norm.", "head."))]
+    sum(y.square().mean() for y in model.forward_pyramid(torch.randn(1, 3, 64, 64))).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    assert not [n for n in tiny().state_dict() if n.startswith("norm0")]
+
+
+def test_a_reset_classifier_is_fresh_and_sized():
+    model = tiny(num_classes=0)
+    model.reset_classifier(7)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    assert model.get_classifier().fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, model.num_features)
+
+
+def test_depths_for_layer_decay_rise_from_stem_to_head():
+    model = tiny()
+    assert model.layer_id("downsample_layers.0.conv.weight") == 0
+    assert model.layer_id("stages.0.0.norm1.weight") == 1
+    assert model.layer_id("downsample_layers.2.pre_norm.weight") == 3
+    assert model.layer_id("stages.2.1.mlp.fc1.weight") == 4
+    assert model.layer_id("head.fc2.bias") == model.num_layers() - 1 == 6
+
+
+def test_token_maps_hold_the_amplitudes_of_each_stage():
+    model = tiny(("sepconv", "global_filter", "dynamic_filter", "dynamic_filter"))
+    maps = model.token_maps()
+    assert {key: tuple(m.shape) for key, m in maps.items()} == {
+        "stages.1": (1, 32, 8, 5),
+        "stages.2": (2, 4, 4, 3),
+        "stages.3": (1, 4, 2, 2),
+    }
+    weights = model.stages[2][1].token_mixer.complex_weights
+    amplitude = torch.hypot(weights[3, 2, 1, 0], weights[3, 2, 1, 1])
+    torch.testing.assert_close(maps["stages.2"][1, 1, 3, 2], amplitude.detach())
+
+
+def test_gelu_ablation_keeps_the_routing_activation():
+    names = tiny(act="gelu").state_dict().keys()
+    assert not [n for n in names if ".act1." in n or ".mlp.act." in n]
+    assert "stages.0.0.token_mixer.reweight.act.scale" in names
+
+
+def test_checkpointing_leaves_the_gradient_alone():
+    model, images = tiny(), torch.randn(2, 3, 64, 64)
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(images).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_frame_may_have_other_stages_norms_and_heads():
+    model = tiny(
+        ("pooling", "attention"),
+        depths=(1, 1),
+        embed_dims=(16, 32),
+        res_scale=(None, 1.0),
+        norm="rms_norm",
+        head="linear",
+    )
+    assert [info["stride"] for info in model.feature_info] == [4, 8]
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert isinstance(model.stages[0][0].norm1, nn.RMSNorm)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (dict(depths=(1, 1)), "one entry per stage.*'DEPTHS': \\[1, 1\\]"),
+        (dict(act="gleu"), r"MODEL.METAFORMER.ACT='gleu' is unknown; did you mean one of \['gelu'"),
+        (dict(norm="ln"), "MODEL.METAFORMER.NORM='ln'.*layer_norm_no_bias"),
+        (dict(stem="conv"), "MODEL.METAFORMER.STEM='conv'"),
+        (dict(downsample="x"), "MODEL.METAFORMER.DOWNSAMPLE='x'"),
+        (dict(feed_forward="moe"), "MODEL.METAFORMER.FEED_FORWARD='moe'"),
+        (dict(head="big"), "MODEL.METAFORMER.HEAD='big'"),
+        (dict(mixers=["nope"] * 4), "no mixer is named 'nope'"),
+    ],
+)
+def test_a_wrong_key_is_explained(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**keywords)
+
+
+def test_the_feed_forward_of_dhvt_fits_the_frame():
+    model = tiny(feed_forward="daff")
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    assert model.stages[0][0].mlp.conv2.kernel_size == (3, 3)
+
+
+def test_a_new_mixer_needs_a_module_and_a_yaml_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+
+    @register_mixer("rolled")
+    class Rolled(nn.Module):
+        def __init__(self, dim, *, steps: int = 1):
+            super().__init__()
+            self.steps = steps
+
+        def forward(self, x):
+            return x.roll(self.steps, dims=2)
+
+    path = tmp_path / "rolled.yaml"
+    path.write_text(
+        "MODEL:\n  TYPE: metaformer\n  NAME: rolled\n  METAFORMER:\n"
+        "    MIXERS: [dilated, rolled, attention, rolled(steps=2)]\n    DEPTHS: [1, 1, 1, 1]\n"
+    )
+    model = build_model(load_config(path))
+    assert [stage[0].token_mixer.steps for stage in model.stages[1::2]] == [1, 2]
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_mixers_of_a_variant_can_be_replaced_by_name():
+    model = create_model(
+        "dfformer_s18",
+        mixers=["pooling", "sepconv", "attention", "dynamic_filter(num_filters=2)"],
+        depths=[1, 1, 1, 1],
+        num_classes=3,
+    )
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
