@@ -5,6 +5,7 @@ YAML files under `configs/`; nothing has to list it.
 """
 
 import importlib
+import logging
 import pkgutil
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,11 @@ from utils.spelling import nearest
 
 from . import registry
 from .backbone import Backbone
+from .timm_registry import register_in_timm
 
 __all__ = ["Backbone", "build_model", "create_model", "list_models", "variant_file"]
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -60,9 +64,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
     Example:
         create_model("dhvt_tiny_cifar_patch4", num_classes=10)
     """
-    from config import load_config  # here, because config.py reads the schema from this package
-
-    return build_model(load_config(variant_file(name)), **overrides)
+    return build_model(_load_variant(name), **overrides)
 
 
 def list_models() -> list[str]:
@@ -78,12 +80,27 @@ def variant_file(name: str) -> Path:
     return _variants()[name]
 
 
+def _load_variant(name: str) -> Any:
+    from config import load_config  # here, because config.py reads the schema from this package
+
+    return load_config(variant_file(name))
+
+
 @cache
 def _variants() -> dict[str, Path]:
     """A variant is a YAML file that declares its stem as MODEL.NAME; experiments inherit it."""
     found = {}
     for path in sorted(CONFIG_DIR.glob("[!_]*/*.yaml")):
-        model = (yaml.safe_load(path.read_text()) or {}).get("MODEL") or {}
+        try:
+            # The parser in C, where there is one: this runs at every start.
+            content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            _LOG.warning("%s is no variant, it cannot be read as YAML: %s", path, error)
+            continue
+        model = (content or {}).get("MODEL") or {}
         if model.get("NAME") == path.stem:
             found[path.stem] = path
     return found
+
+
+register_in_timm(list_models(), _load_variant, build_model)

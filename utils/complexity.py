@@ -9,7 +9,8 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +72,21 @@ class Complexity:
     def activations_m(self) -> float:
         """Elements of module outputs in millions."""
         return self.modules[0].activations / 1e6
+
+    def per_image(self) -> "Complexity":
+        """Means over the images of the batch that was counted."""
+        images = self.input_shape[0]
+        modules = tuple(
+            replace(
+                m,
+                macs=m.macs / images,
+                fft_flops=m.fft_flops / images,
+                activations=round(m.activations / images),
+                activation_mib=m.activation_mib / images,
+            )
+            for m in self.modules
+        )
+        return Complexity((1, *self.input_shape[1:]), self.device, modules)
 
     def to_dict(self, depth: int = 2) -> dict[str, Any]:
         """Plain data for JSON: totals, and the modules down to `depth`."""
@@ -197,9 +213,11 @@ def _count(model: nn.Module, example: Tensor, named: nn.Module) -> Complexity:
 
             hooks.append(module.register_forward_hook(record))
     counter = FlopCounterMode(display=False, custom_mapping=_FFT)
+    # A model may have a faster way of its own (`Backbone.counting`); its cost must not depend on it.
+    counting = getattr(model, "counting", nullcontext)
     try:
         # The plain attention is made of matrix products, which every device and version counts.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counting(), counter:
             model(example)
     finally:
         for hook in hooks:

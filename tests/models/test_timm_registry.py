@@ -1,0 +1,104 @@
+"""Our variants through timm.create_model; what timm has under its own name stays timm's."""
+
+import logging
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+
+import models
+from models import CONFIG_DIR, create_model, list_models, registry
+from models.timm_registry import register_in_timm
+
+
+def test_every_variant_is_registered_under_its_own_name_or_beside_timms():
+    for name in list_models():
+        assert timm.is_model(f"mixlab_{name}")
+        assert timm.is_model(name)
+    ours = set(timm.list_models(module="timm_registry"))
+    assert {"dilateformer_tiny", "mixlab_deit_tiny_patch16_224"} <= ours
+    assert "deit_tiny_patch16_224" not in ours
+
+
+def test_names_that_timm_has_build_timms_models():
+    timms = timm.create_model("deit_tiny_patch16_224")
+    own = timm.create_model("mixlab_deit_tiny_patch16_224")
+    assert type(timms).__module__.startswith("timm.")
+    assert type(own) is registry.find("deit").cls
+
+
+def test_keywords_reach_the_constructor():
+    model = timm.create_model(
+        "dilateformer_tiny",
+        num_classes=10,
+        drop_rate=0.2,
+        drop_path_rate=0.3,
+        in_chans=1,
+        img_size=96,
+        global_pool=None,  # what timm's programs pass for a flag that was not given
+    )
+    expected = create_model(
+        "dilateformer_tiny", num_classes=10, drop_rate=0.2, drop_path_rate=0.3, in_chans=1
+    )
+    assert str(model) == str(expected)
+    assert "drop_prob=0.300" in str(model)
+    assert model(torch.randn(1, 1, 96, 96)).shape == (1, 10)
+
+
+def test_timms_programs_read_size_mean_and_classes():
+    model = timm.create_model("pvt_tiny_256", num_classes=7)
+    data = resolve_model_data_config(model)
+    assert data["input_size"] == (3, 256, 256)
+    assert data["mean"] == (0.485, 0.456, 0.406)
+    assert model.pretrained_cfg["num_classes"] == 7
+    small = timm.create_model("dfvt_tiny", img_size=64, num_classes=2)
+    assert resolve_model_data_config(small)["input_size"] == (3, 64, 64)
+
+
+def test_weights_come_from_a_file_that_is_named(tmp_path):
+    trained = create_model("dhvt_tiny_cifar_patch4", num_classes=3)
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    overlay = dict(file=str(tmp_path / "weights.pth"))
+    model = timm.create_model(
+        "dhvt_tiny_cifar_patch4", num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (dict(pretrained=True), "MixLab hosts no weights.*pretrained_cfg_overlay"),
+        (dict(pretrained_cfg="in1k"), "no pretrained configuration 'in1k'"),
+        (dict(features_only=True), "call forward_pyramid"),
+        (dict(embed_dmi=3), r"no argument \['embed_dmi'\]"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("dfvt_tiny", **keywords)
+
+
+def test_registering_builds_nothing_and_twice_changes_nothing():
+    def refuse(*_):
+        raise AssertionError("loaded or built before it was asked for")
+
+    register_in_timm(["dfvt_tiny", "mixlab_probe"], refuse, refuse)
+    assert timm.create_model("dfvt_tiny", num_classes=2).num_classes == 2
+    with pytest.raises(AssertionError, match="before it was asked for"):
+        timm.create_model("mixlab_probe")
+
+
+def test_a_broken_yaml_file_is_no_variant_and_does_not_stop_the_import(
+    tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "broken.yaml").write_text("MODEL: [")
+    (tmp_path / "new" / "good.yaml").write_text("MODEL: {NAME: good}")
+    monkeypatch.setattr(models, "CONFIG_DIR", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert set(models._variants.__wrapped__()) == {"good"}
+    assert "broken.yaml" in caplog.text
+    assert CONFIG_DIR.is_dir()

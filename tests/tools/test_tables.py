@@ -1,0 +1,69 @@
+"""The model table of README.md says what the models cost."""
+
+import json
+
+import pytest
+
+from models import list_models
+from tests.golden_tools import FOLDER
+from tools import tables
+
+COUNTS = tables.read_counts()
+PARAMETERS = json.loads((FOLDER / "parameters.json").read_text())
+
+
+def smallest_of_each_family():
+    best = {}
+    for name in sorted(list_models(), key=lambda name: COUNTS.get(name, {}).get("macs", 0)):
+        best.setdefault(tables.family(name), name)
+    return sorted(best.values())
+
+
+def test_every_variant_is_counted_and_nothing_else_is():
+    assert set(COUNTS) == set(list_models()), "run `python tools/tables.py --update`"
+
+
+@pytest.mark.parametrize("name", smallest_of_each_family())
+def test_stored_counts_are_those_of_the_model(name):
+    assert COUNTS[name] == tables.count_variant(name)
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS.keys() & PARAMETERS.keys()))
+def test_parameters_agree_with_the_published_ones(name):
+    assert COUNTS[name]["params"] == PARAMETERS[name]
+
+
+def test_the_readme_holds_the_table_of_the_stored_counts():
+    text = tables.README.read_text()
+    assert tables.insert(text, tables.to_markdown(COUNTS)) == text, (
+        "run `python tools/tables.py --update`"
+    )
+
+
+def test_the_table_groups_the_variants_by_family():
+    block = tables.to_markdown({name: COUNTS[name] for name in ("dfvt_tiny", "dfvt_base")})
+    assert block.startswith(tables.START)
+    assert block.endswith(tables.END)
+    assert "<b>dfvt</b>: 2 variants, 4.0 to 37.3 M parameters" in block
+    assert "- `models/dfvt.py`: DFvT: a window-attention path" in block
+    assert "| dfvt_tiny | dfvt | 3.97 | 0.306 | 224x224 |" in block
+
+
+def test_an_update_counts_stores_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "COUNTS", tmp_path / "complexity.json")
+    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    tables.README.write_text(f"before\n{tables.START}\nold\n{tables.END}\nafter\n")
+    tables.main(["--update", "dhvt_tiny_cifar_patch4"])
+    stored = tables.read_counts()
+    assert stored == {"dhvt_tiny_cifar_patch4": COUNTS["dhvt_tiny_cifar_patch4"]}
+    text = tables.README.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| dhvt_tiny_cifar_patch4 |" in text
+    assert "old" not in text
+
+
+@pytest.mark.parametrize("text", ["no markers", f"{tables.END}{tables.START}", tables.START])
+def test_a_text_without_markers_is_an_error(text):
+    with pytest.raises(ValueError, match="needs one line '<!-- models -->'"):
+        tables.insert(text, "block")

@@ -1,0 +1,148 @@
+"""The model table of README.md and the counts behind it (tests/golden/complexity.json).
+
+    python tools/tables.py                    # print the table as the stored counts give it
+    python tools/tables.py --update           # count every variant, store, write the table into README.md
+    python tools/tables.py --update NAME ...  # count these only, for instance a new one
+
+Counts are of one image at the variant's own size (`utils/complexity.py`), and need no weights.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import load_config  # noqa: E402  found through the line above
+from models import build_model, list_models, registry, variant_file  # noqa: E402
+from models.layers.tokens import to_pair  # noqa: E402
+from utils.complexity import count  # noqa: E402
+
+COUNTS = ROOT / "tests" / "golden" / "complexity.json"
+README = ROOT / "README.md"
+START, END = "<!-- models -->", "<!-- /models -->"
+
+NOTE = """GMACs are multiply-adds of one image at the input size, in matrix products and convolutions; Fourier
+transforms are left out, as in the papers. Grained queries (dge) are counted with all of them asked, which is
+where training starts.
+"""
+
+
+def count_variant(name: str) -> dict[str, Any]:
+    """Counts of one image: params, macs, fft_flops, activations, input_size [height, width]."""
+    config = load_config(variant_file(name))
+    height, width = to_pair(config.DATA.IMG_SIZE)
+    image = (config.MODEL.IN_CHANS, height, width)
+    with torch.device("meta"):
+        model = build_model(config)
+    try:
+        root = count(model, image).modules[0]
+    except (NotImplementedError, RuntimeError):
+        # Shapes depend on numbers (DGE): fresh weights, whose routers choose the finest grain.
+        torch.manual_seed(0)
+        root = count(build_model(config), image).modules[0]
+    return dict(
+        params=root.params,
+        macs=round(root.macs),
+        fft_flops=round(root.fft_flops),
+        activations=root.activations,
+        input_size=[height, width],
+    )
+
+
+def read_counts() -> dict[str, dict[str, Any]]:
+    """The stored counts, by variant."""
+    return json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
+
+
+def write_counts(counts: dict[str, dict[str, Any]]) -> None:
+    """Store the counts, one line per variant."""
+    lines = [f"{json.dumps(name)}: {json.dumps(counts[name])}" for name in sorted(counts)]
+    COUNTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def family(name: str) -> str:
+    """The folder of a variant's YAML file."""
+    return variant_file(name).parent.name
+
+
+def to_markdown(counts: dict[str, dict[str, Any]]) -> str:
+    """One foldable table per family, with the markers around them."""
+    parts = [START, NOTE]
+    names = sorted(counts, key=lambda name: (family(name), counts[name]["params"], name))
+    for folder, group in groupby(names, family):
+        variants = list(group)
+        types = {name: load_config(variant_file(name)).MODEL.TYPE.lower() for name in variants}
+        parts += [
+            f"<details><summary><b>{folder}</b>: {_span(variants, counts)}</summary>",
+            "",
+            *(_source(kind) for kind in sorted(set(types.values()))),
+            "",
+            "| model | `MODEL.TYPE` | params M | GMACs | input |",
+            "|---|---|---:|---:|---:|",
+        ]
+        for name in variants:
+            entry = counts[name]
+            height, width = entry["input_size"]
+            gmacs = entry["macs"] / 1e9
+            parts.append(
+                f"| {name} | {types[name]} | {entry['params'] / 1e6:.2f} | "
+                f"{gmacs:.{2 if gmacs >= 1 else 3}f} | {height}x{width} |"
+            )
+        parts += ["", "</details>"]
+    return "\n".join([*parts, END])
+
+
+def _span(names: list[str], counts: dict[str, dict[str, Any]]) -> str:
+    """Number of variants and the range of their parameters."""
+    params = [counts[name]["params"] / 1e6 for name in names]
+    span = f"{min(params):.1f}" if len(names) == 1 else f"{min(params):.1f} to {max(params):.1f}"
+    return f"{len(names)} variant{'s' * (len(names) > 1)}, {span} M parameters"
+
+
+def _source(kind: str) -> str:
+    """Where an architecture is, what it is, and its papers, from its module's docstring."""
+    module = inspect.getmodule(registry.find(kind).cls)
+    text = inspect.getdoc(module) or ""
+    papers = dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{4,5})", text))
+    links = ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    path = Path(inspect.getsourcefile(module)).relative_to(ROOT)
+    return f"- `{path}`: {text.splitlines()[0]} {links}".rstrip()
+
+
+def insert(text: str, block: str) -> str:
+    """`text` with `block` in the place of what is between its markers; ValueError if it has none."""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"{README.name} needs one line '{START}' and, after it, one line '{END}'")
+    return text[: text.index(START)] + block + text[text.index(END) + len(END) :]
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="count, store, and write README.md")
+    parser.add_argument("names", nargs="*", help="variants to count; all of them if none is named")
+    options = parser.parse_args(args)
+    if options.names and not options.update:
+        parser.error(f"{options.names}: names are for --update")
+    counts = {name: entry for name, entry in read_counts().items() if name in list_models()}
+    if options.update:
+        insert(README.read_text(), "")  # minutes of counting must not end in this error
+        for name in options.names or list_models():
+            counts[name] = count_variant(name)
+            print(f"{name}: {counts[name]}", flush=True)
+        write_counts(counts)
+        README.write_text(insert(README.read_text(), to_markdown(counts)))
+    else:
+        print(to_markdown(counts))
+
+
+if __name__ == "__main__":
+    main()
