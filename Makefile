@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto
 
-.PHONY: help demo test lint format install clean
+.PHONY: help demo test lint format tables install clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -32,6 +32,9 @@ lint: $(INSTALLED) ## ruff and codespell
 format: $(INSTALLED) ## ruff's formatter and its safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: $(INSTALLED) ## count all models again and write the README's table (minutes)
+	$(BIN)/python tools/tables.py --update
 
 clean: ## remove the environment and caches, never a run's output
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

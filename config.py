@@ -38,7 +38,7 @@ _C.DATA.CACHE_MODE = "part"  # zip in memory: no | full | part (each process kee
 _C.DATA.PIN_MEMORY = True  # page-locked batches, where there is a GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process
 _C.DATA.ON_ERROR = "raise"  # unreadable image: raise | skip (logged and counted)
-_C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of values in [0, 1]
+_C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of values in [0, 1]; one entry stands for all
 _C.DATA.STD = [0.229, 0.224, 0.225]
 _C.DATA.SYNTHETIC = CfgNode()  # DATASET: synthetic, random images for smoke runs
 _C.DATA.SYNTHETIC.TRAIN_SIZE = 256  # images
@@ -103,8 +103,10 @@ _C.AUG.REMODE = "pixel"  # pixel | const | rand
 _C.AUG.RECOUNT = 1
 _C.AUG.HFLIP = 0.5  # probability
 _C.AUG.VFLIP = 0.0
-_C.AUG.SCALE = [0.08, 1.0]  # random resized crop: share of the area
-_C.AUG.RATIO = [0.75, 1.3333333333333333]  # random resized crop: width / height
+# Random resized crop, share of the area and width / height. Images of at most 32 pixels are padded and
+# shifted instead, and these two ignored; [1, 1] as SCALE is no crop at any size.
+_C.AUG.SCALE = [0.08, 1.0]
+_C.AUG.RATIO = [0.75, 1.3333333333333333]
 _C.AUG.REPEATED_AUG = False  # each drawn image three times, differently augmented
 _C.AUG.MIXUP = 0.8  # alpha; 0 is off
 _C.AUG.CUTMIX = 1.0
@@ -119,11 +121,13 @@ _C.TEST.CROP = True  # resize to 256/224 of the size, then crop the centre; else
 _C.AMP_ENABLE = True  # the one switch of mixed precision
 _C.AMP_DTYPE = "auto"  # auto: bf16 (else fp16) on a GPU, float32 on the CPU | bf16 | fp16
 _C.AMP_OPT_LEVEL = ""  # '': native | O0: off | O1, O2: NVIDIA Apex
+_C.DEVICE = "auto"  # auto: a GPU where there is one | cpu | cuda | cuda:1 (one process)
 _C.CHANNELS_LAST = False
 _C.COMPILE = False  # torch.compile the model
 _C.DETERMINISTIC = False  # the same bits on every run of the same machine, slower
 _C.OUTPUT = "output"  # a run writes to OUTPUT/MODEL.NAME/TAG
 _C.TAG = "default"
+_C.EVAL_FREQ = 1  # epochs between evaluations (the last epoch is always evaluated)
 _C.SAVE_FREQ = 1  # epochs between numbered checkpoints (last.pth is written after every epoch)
 _C.SAVE_KEEP = 3  # newest numbered checkpoints that are kept; 0 keeps all
 _C.SAVE_STEPS = 0  # > 0: last.pth is also written every so many optimizer steps
@@ -138,19 +142,25 @@ for _entry in registry.entries():
         {name.upper(): copy.deepcopy(field.default) for name, field in _entry.fields.items()}
     )
 
-# Types beyond that of the default. Architecture nodes get theirs from the constructors' annotations.
+# Types beyond that of the default, and those of list elements where the default does not show them.
+# Architecture nodes get theirs from the constructors' annotations.
 _TYPES: dict[str, tuple[type, ...]] = {
     "DATA.IMG_SIZE": (int, list),
     "MODEL.NUM_CLASSES": (int, type(None)),
     "TRAIN.WARMUP_EPOCHS": (int, float),
     "AUG.CUTMIX_MINMAX": (list, type(None)),
-} | {
-    f"MODEL.{entry.node}.{name.upper()}": field.types
-    for entry in registry.entries()
-    for name, field in entry.fields.items()
 }
+_ELEMENTS: dict[str, tuple[type, ...]] = {
+    "DATA.IMG_SIZE": (int,),
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": (int, float),
+    "AUG.CUTMIX_MINMAX": (float,),
+}
+for _entry in registry.entries():
+    for _name, _field in _entry.fields.items():
+        _TYPES[f"MODEL.{_entry.node}.{_name.upper()}"] = _field.types
+        _ELEMENTS[f"MODEL.{_entry.node}.{_name.upper()}"] = _field.elements
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
+_CHOICES: dict[str, tuple[str, ...]] = {
     "TASK": ("classification",),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
@@ -163,49 +173,104 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
 }
 
-# Smallest and largest allowed value of a number.
-_RANGES: dict[str, tuple[float, float]] = {
-    "DATA.BATCH_SIZE": (1, float("inf")),
-    "DATA.NUM_WORKERS": (0, float("inf")),
-    "MODEL.NUM_CLASSES": (0, float("inf")),
-    "MODEL.IN_CHANS": (1, float("inf")),
-    "MODEL.DROP_RATE": (0, 1),
-    "MODEL.DROP_PATH_RATE": (0, 1),
-    "MODEL.LABEL_SMOOTHING": (0, 1),
-    "TRAIN.EPOCHS": (0, float("inf")),
-    "TRAIN.MAX_STEPS": (0, float("inf")),
-    "TRAIN.WARMUP_EPOCHS": (0, float("inf")),
-    "TRAIN.WEIGHT_DECAY": (0, float("inf")),
-    "TRAIN.BASE_LR": (0, float("inf")),
-    "TRAIN.CLIP_GRAD": (0, float("inf")),
-    "TRAIN.ACCUMULATION_STEPS": (0, float("inf")),
-    "TRAIN.LAYER_DECAY": (0, 1),
-    "TRAIN.EMA.DECAY": (0, 1),
-    "AUG.REPROB": (0, 1),
-    "AUG.HFLIP": (0, 1),
-    "AUG.VFLIP": (0, 1),
-    "AUG.MIXUP": (0, float("inf")),
-    "AUG.CUTMIX": (0, float("inf")),
-    "AUG.MIXUP_PROB": (0, 1),
-    "AUG.MIXUP_SWITCH_PROB": (0, 1),
-    "SAVE_FREQ": (1, float("inf")),
-    "SAVE_KEEP": (0, float("inf")),
-    "SAVE_STEPS": (0, float("inf")),
-    "PRINT_FREQ": (1, float("inf")),
+# The interval of a number, or of each number of a list; a round bracket leaves its end out.
+_RANGES: dict[str, str] = {
+    "DATA.BATCH_SIZE": "[1, inf)",
+    "DATA.IMG_SIZE": "[1, inf)",
+    "DATA.NUM_WORKERS": "[0, inf)",
+    "DATA.MEAN": "[0, 1]",
+    "DATA.STD": "(0, inf)",
+    "DATA.SYNTHETIC.TRAIN_SIZE": "[1, inf)",
+    "DATA.SYNTHETIC.VAL_SIZE": "[1, inf)",
+    "DATA.SYNTHETIC.NUM_CLASSES": "[1, inf)",
+    "MODEL.NUM_CLASSES": "[0, inf)",
+    "MODEL.IN_CHANS": "[1, inf)",
+    "MODEL.DROP_RATE": "[0, 1)",
+    "MODEL.DROP_PATH_RATE": "[0, 1)",
+    "MODEL.LABEL_SMOOTHING": "[0, 1)",
+    "TRAIN.START_EPOCH": "[0, inf)",
+    "TRAIN.EPOCHS": "[0, inf)",
+    "TRAIN.MAX_STEPS": "[0, inf)",
+    "TRAIN.WARMUP_EPOCHS": "[0, inf)",
+    "TRAIN.WARMUP_STEPS": "[0, inf)",
+    "TRAIN.WEIGHT_DECAY": "[0, inf)",
+    "TRAIN.BASE_LR": "[0, inf)",
+    "TRAIN.WARMUP_LR": "[0, inf)",
+    "TRAIN.MIN_LR": "[0, inf)",
+    "TRAIN.CLIP_GRAD": "[0, inf)",
+    "TRAIN.ACCUMULATION_STEPS": "[0, inf)",
+    "TRAIN.LAYER_DECAY": "(0, 1]",
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": "[1, inf)",
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": "(0, 1]",
+    "TRAIN.LR_SCHEDULER.GAMMA": "(0, 1]",
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": "[0, inf)",
+    "TRAIN.LR_SCHEDULER.POWER": "(0, inf)",
+    "TRAIN.OPTIMIZER.EPS": "[0, inf)",
+    "TRAIN.OPTIMIZER.BETAS": "[0, 1)",
+    "TRAIN.OPTIMIZER.MOMENTUM": "[0, 1)",
+    "TRAIN.EMA.DECAY": "[0, 1)",
+    "AUG.COLOR_JITTER": "[0, inf)",
+    "AUG.REPROB": "[0, 1]",
+    "AUG.RECOUNT": "[1, inf)",
+    "AUG.HFLIP": "[0, 1]",
+    "AUG.VFLIP": "[0, 1]",
+    "AUG.SCALE": "(0, 1]",
+    "AUG.RATIO": "(0, inf)",
+    "AUG.MIXUP": "[0, inf)",
+    "AUG.CUTMIX": "[0, inf)",
+    "AUG.CUTMIX_MINMAX": "[0, 1]",
+    "AUG.MIXUP_PROB": "[0, 1]",
+    "AUG.MIXUP_SWITCH_PROB": "[0, 1]",
+    "EVAL_FREQ": "[1, inf)",
+    "SAVE_FREQ": "[1, inf)",
+    "SAVE_KEEP": "[0, inf)",
+    "SAVE_STEPS": "[0, inf)",
+    "PRINT_FREQ": "[1, inf)",
+    "SEED": "[0, inf)",
 }
 
 # Keys of Swin's and DFvT's files that have another home here.
 _ALIASES = {f"MODEL.{entry.node}.IN_CHANS": "MODEL.IN_CHANS" for entry in registry.entries()}
 
 # Keys of Swin's files that are accepted and do nothing: their default there, and why.
+_NO_SIMMIM = "SimMIM pre-training is not part of MixLab"
+_NO_MOE = "mixture-of-experts models are not part of MixLab"
+_IN_ORDER = "evaluation is always in order and exact"
 _INERT: dict[str, tuple[Any, str]] = {
-    "DATA.MASK_PATCH_SIZE": (32, "SimMIM pre-training is not part of MixLab"),
-    "DATA.MASK_RATIO": (0.6, "SimMIM pre-training is not part of MixLab"),
-    "MODEL.SIMMIM": (None, "SimMIM pre-training is not part of MixLab"),
-    "MODEL.SWIN_MOE": (None, "mixture-of-experts models are not part of MixLab"),
-    "TRAIN.MOE": (None, "mixture-of-experts models are not part of MixLab"),
-    "TEST.SEQUENTIAL": (False, "evaluation is always in order and exact"),
-    "TEST.SHUFFLE": (False, "evaluation is always in order and exact"),
+    "DATA.MASK_PATCH_SIZE": (32, _NO_SIMMIM),
+    "DATA.MASK_RATIO": (0.6, _NO_SIMMIM),
+    "MODEL.SIMMIM.NORM_TARGET.ENABLE": (False, _NO_SIMMIM),
+    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": (47, _NO_SIMMIM),
+    "MODEL.SWIN_MOE.PATCH_SIZE": (4, _NO_MOE),
+    "MODEL.SWIN_MOE.IN_CHANS": (3, _NO_MOE),
+    "MODEL.SWIN_MOE.EMBED_DIM": (96, _NO_MOE),
+    "MODEL.SWIN_MOE.DEPTHS": ([2, 2, 6, 2], _NO_MOE),
+    "MODEL.SWIN_MOE.NUM_HEADS": ([3, 6, 12, 24], _NO_MOE),
+    "MODEL.SWIN_MOE.WINDOW_SIZE": (7, _NO_MOE),
+    "MODEL.SWIN_MOE.MLP_RATIO": (4.0, _NO_MOE),
+    "MODEL.SWIN_MOE.QKV_BIAS": (True, _NO_MOE),
+    "MODEL.SWIN_MOE.QK_SCALE": (None, _NO_MOE),
+    "MODEL.SWIN_MOE.APE": (False, _NO_MOE),
+    "MODEL.SWIN_MOE.PATCH_NORM": (True, _NO_MOE),
+    "MODEL.SWIN_MOE.MLP_FC2_BIAS": (True, _NO_MOE),
+    "MODEL.SWIN_MOE.INIT_STD": (0.02, _NO_MOE),
+    "MODEL.SWIN_MOE.PRETRAINED_WINDOW_SIZES": ([0, 0, 0, 0], _NO_MOE),
+    "MODEL.SWIN_MOE.MOE_BLOCKS": ([[-1], [-1], [-1], [-1]], _NO_MOE),
+    "MODEL.SWIN_MOE.NUM_LOCAL_EXPERTS": (1, _NO_MOE),
+    "MODEL.SWIN_MOE.TOP_VALUE": (1, _NO_MOE),
+    "MODEL.SWIN_MOE.CAPACITY_FACTOR": (1.25, _NO_MOE),
+    "MODEL.SWIN_MOE.COSINE_ROUTER": (False, _NO_MOE),
+    "MODEL.SWIN_MOE.NORMALIZE_GATE": (False, _NO_MOE),
+    "MODEL.SWIN_MOE.USE_BPR": (True, _NO_MOE),
+    "MODEL.SWIN_MOE.IS_GSHARD_LOSS": (False, _NO_MOE),
+    "MODEL.SWIN_MOE.GATE_NOISE": (1.0, _NO_MOE),
+    "MODEL.SWIN_MOE.COSINE_ROUTER_DIM": (256, _NO_MOE),
+    "MODEL.SWIN_MOE.COSINE_ROUTER_INIT_T": (0.5, _NO_MOE),
+    "MODEL.SWIN_MOE.MOE_DROP": (0.0, _NO_MOE),
+    "MODEL.SWIN_MOE.AUX_LOSS_WEIGHT": (0.01, _NO_MOE),
+    "TRAIN.MOE.SAVE_MASTER": (False, _NO_MOE),
+    "TEST.SEQUENTIAL": (False, _IN_ORDER),
+    "TEST.SHUFFLE": (False, _IN_ORDER),
     "ENABLE_AMP": (False, "AMP_ENABLE is the one switch of mixed precision"),
     "LOCAL_RANK": (0, "the launcher's environment decides"),
     "FUSED_WINDOW_PROCESS": (False, "windows need no kernel of their own here"),
@@ -244,26 +309,29 @@ def load_config(
 
 
 def validate(config: CfgNode) -> None:
-    """Check choices, ranges and combinations; ValueError names the key, the value and the fix."""
-    for key, choices in _CHOICES.items():
+    """Check ranges and combinations; ValueError names the key, the value and the fix.
+
+    What only a mode needs is checked by `main.check`, so that a model can be built, timed and counted
+    without the rest of a recipe: data, transforms, optimizer, an even batch for mixup.
+    """
+    for key, interval in _RANGES.items():
         value = _get(config, key)
-        if value not in choices:
-            raise ValueError(f"{key}={value!r} must be one of {list(choices)}")
-    for key, (low, high) in _RANGES.items():
-        value = _get(config, key)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{key}={value!r} must be between {low} and {high}")
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(_within(number, interval) for number in numbers):
+            raise ValueError(f"{key}={value!r} must be within {interval}")
     registry.find(config.MODEL.TYPE)
     size = config.DATA.IMG_SIZE
-    sides = [size, size] if isinstance(size, int) else size
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if isinstance(size, list) and len(size) != 2:
         raise ValueError(f"DATA.IMG_SIZE={size!r} must be one side in pixels or [height, width]")
-    for key in ("MEAN", "STD"):
-        if len(config.DATA[key]) not in (1, config.MODEL.IN_CHANS):
-            raise ValueError(
-                f"DATA.{key} has {len(config.DATA[key])} entries and MODEL.IN_CHANS is "
-                f"{config.MODEL.IN_CHANS}: give one entry per channel, or one for all"
-            )
+    betas = config.TRAIN.OPTIMIZER.BETAS
+    if len(betas) not in (2, 3):
+        raise ValueError(
+            f"TRAIN.OPTIMIZER.BETAS={betas!r} must have two entries (three for timm's Adan)"
+        )
+    for key in ("AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX"):
+        limits = _get(config, key)
+        if limits is not None and (len(limits) != 2 or limits[0] > limits[1]):
+            raise ValueError(f"{key}={limits!r} must be [smallest, largest]")
     modes = [key for key in ("EVAL_MODE", "THROUGHPUT_MODE", "INFO_MODE") if config[key]]
     if len(modes) > 1:
         raise ValueError(f"{' and '.join(modes)} exclude each other: set one")
@@ -273,22 +341,6 @@ def validate(config: CfgNode) -> None:
         )
     if config.AMP_OPT_LEVEL in ("O1", "O2") and config.AMP_DTYPE == "bf16":
         raise ValueError("AMP_DTYPE='bf16' excludes AMP_OPT_LEVEL: Apex O1 and O2 work in fp16")
-    if uses_mixup(config) and config.DATA.BATCH_SIZE % 2:
-        raise ValueError(
-            f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even while mixup or cutmix is on; "
-            "set AUG.MIXUP 0.0 AUG.CUTMIX 0.0 to turn them off"
-        )
-    minmax = config.AUG.CUTMIX_MINMAX
-    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] <= minmax[1] <= 1):
-        raise ValueError(f"AUG.CUTMIX_MINMAX={minmax!r} must be [smallest, largest] within [0, 1]")
-
-
-def uses_mixup(config: CfgNode) -> bool:
-    """Whether training mixes images, so that targets are soft."""
-    aug = config.AUG
-    return config.TASK == "classification" and (
-        aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
-    )
 
 
 def dump(config: CfgNode) -> str:
@@ -331,8 +383,11 @@ def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold KEY: value pairs, got {type(content).__name__}")
-    base = content.pop("BASE", [])
-    for parent in [base] if isinstance(base, str) else base:
+    base = content.pop("BASE", None) or []
+    parents = [base] if isinstance(base, str) else base
+    if not isinstance(parents, list) or not all(isinstance(p, str | None) for p in parents):
+        raise ValueError(f"BASE={base!r} in {path} must be a YAML file, or a list of them")
+    for parent in parents:
         if parent:
             _merge_file(config, path.parent / parent, (*chain, path.resolve()))
     for key, value in _leaves(content):
@@ -343,14 +398,16 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Any]:
     """Full keys of a CfgNode, or (full key, value) pairs of a plain dict of YAML."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, CfgNode) or (isinstance(value, dict) and not _is_inert(key)):
+        if isinstance(value, dict):
             yield from _leaves(value, f"{key}.")
         else:
             yield key if isinstance(tree, CfgNode) else (key, value)
 
 
-def _is_inert(key: str) -> bool:
-    return any(key == inert or key.startswith(inert + ".") for inert in _INERT)
+def _within(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
 
 def _get(config: CfgNode, key: str) -> Any:
@@ -362,11 +419,9 @@ def _get(config: CfgNode, key: str) -> Any:
 
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     """Set one key after checking that it exists and that the value has its type."""
-    if _is_inert(key):
-        default, reason = _INERT.get(key, (None, ""))
-        if key not in _INERT:
-            reason = next(why for inert, (_, why) in _INERT.items() if key.startswith(inert + "."))
-        elif value != default and not isinstance(value, dict):
+    if key in _INERT:
+        default, reason = _INERT[key]
+        if (_decoded(value) if isinstance(value, str) else value) != default:
             _LOG.warning("%s=%r (%s) has no effect: %s", key, value, source, reason)
         return
     key = _ALIASES.get(_spelling(key), _spelling(key))
@@ -377,7 +432,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if not isinstance(node, CfgNode) or name not in node:
         raise ValueError(
             f"unknown config key {key} = {value!r} in {source}; "
-            f"did you mean one of {nearest(key, all_keys())[:3]}?"
+            f"did you mean one of {nearest(key, [*all_keys(), *_INERT])[:3]}?"
         )
     if isinstance(node[name], CfgNode):
         keys = list(node[name])
@@ -395,25 +450,64 @@ def _spelling(key: str) -> str:
 
 
 def _typed(key: str, value: Any, current: Any, source: str) -> Any:
-    """`value` in one of the key's types, or ValueError."""
+    """`value` in one of the key's types and in the spelling of its choice, or ValueError."""
     allowed = _TYPES.get(key) or (type(current),)
     if isinstance(value, str) and str not in allowed:
         value = _decoded(value)
     elif value is None and type(None) not in allowed and str in allowed:
         value = ""  # an empty entry of a YAML file
+    elif value is False and "no" in _CHOICES.get(key, ()):
+        value = "no"  # YAML 1.1 reads a bare no as False
+    elif type(value) in (int, float) and allowed == (str,):
+        value = str(value)  # TAG: 1
     if isinstance(value, tuple):
         value = list(value)
-    if type(value) is int and int not in allowed and float in allowed:
-        value = float(value)
+    value = _converted(value, allowed)
     if type(value) not in allowed:
-        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise ValueError(f"{key}={value!r} in {source} must be {names}, not {type(value).__name__}")
+        quotes = "; put it in quotes" if allowed == (str,) else ""
+        raise ValueError(
+            f"{key}={value!r} in {source} must be {_names(allowed)}, "
+            f"not {type(value).__name__}{quotes}"
+        )
+    if isinstance(value, list):
+        kinds = _ELEMENTS.get(key) or tuple({type(element) for element in _get(_C, key)})
+        value = [_converted(element, kinds) for element in value]
+        if not all(type(element) in kinds for element in value):
+            raise ValueError(f"{key}={value!r} in {source} must be a list of {_names(kinds)}")
+    if key in _CHOICES:
+        value = _chosen(key, value, source)
     return value
 
 
+def _converted(value: Any, allowed: tuple[type, ...]) -> Any:
+    """Whole numbers may stand where fractions are asked for."""
+    if type(value) is int and int not in allowed and float in allowed:
+        return float(value)
+    return value
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+
+
+def _chosen(key: str, value: str, source: str) -> str:
+    """The choice that `value` spells, case aside, or ValueError with the nearest one."""
+    choices = _CHOICES[key]
+    spelling = {choice.lower(): choice for choice in choices}
+    if value.lower() not in spelling:
+        close = nearest(value, choices, 1)
+        hint = f"; did you mean {close[0]!r}?" if len(close) == 1 else ""
+        raise ValueError(f"{key}={value!r} must be one of {list(choices)}, in {source}{hint}")
+    return spelling[value.lower()]
+
+
 def _decoded(text: str) -> Any:
-    """The value that `text` spells: a Python literal (1e-3 is text in YAML 1.1), or YAML."""
+    """The value that `text` spells: a Python literal (1e-3 is text in YAML 1.1), or YAML, or itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
+        pass
+    try:
         return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # which the check of its type names

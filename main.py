@@ -18,7 +18,14 @@ from torch import nn
 from yacs.config import CfgNode
 
 from config import dump, load_config, output_dir
-from data import Data, build_data, dataset_num_classes
+from data import (
+    Data,
+    build_data,
+    build_loader,
+    check_data,
+    dataset_num_classes,
+    published_num_classes,
+)
 from engine import evaluate, measure_throughput, train_epoch
 from logger import MetricsWriter, create_logger
 from lr_scheduler import build_scheduler
@@ -26,12 +33,12 @@ from models import Backbone, build_model
 from models.layers.tokens import to_pair
 from models.pretrained import has_averaged_weights, load_pretrained
 from optimizer import build_optimizer
-from tasks import Task, build_task
+from tasks import build_task
 from utils.amp import Amp
 from utils.arguments import parse_args
 from utils.checkpoint import Checkpointer, Source, choose_source, fetch, load_file
 from utils.complexity import Complexity, count
-from utils.distributed import Runtime, cleanup, init_distributed
+from utils.distributed import Runtime, all_reduce_sum, cleanup, init_distributed
 from utils.ema import ModelEma
 from utils.plotting import plot_training
 from utils.seeding import seed_everything, set_deterministic
@@ -45,7 +52,7 @@ _LOG = logging.getLogger("mixlab.main")
 def set_up(config: CfgNode, runtime: Runtime) -> Amp:
     """Logger, seeds and numerics of this process, before anything is built."""
     create_logger(output_dir(config), runtime.rank, config.MODEL.NAME)
-    seed_everything(config.SEED, runtime.rank)
+    seed_everything(config.SEED)  # the same on all processes, for the same initial weights
     set_deterministic(config.DETERMINISTIC)
     return Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
 
@@ -63,6 +70,22 @@ def wrap(config: CfgNode, model: nn.Module, runtime: Runtime) -> nn.Module:
         devices = [runtime.device.index] if runtime.device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
     return torch.compile(model) if config.COMPILE else model
+
+
+def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> Backbone:
+    """The model with batch statistics over all processes, if TRAIN.SYNC_BN asks for it."""
+    if not config.TRAIN.SYNC_BN or runtime.world_size == 1:
+        return model
+    if runtime.device.type != "cuda":
+        _LOG.warning("TRAIN.SYNC_BN is left out: PyTorch synchronises batch norm on GPUs only")
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def hyper_parameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the config says of each parameter group, the learning rate aside (the schedule's)."""
+    names = ("weight_decay", "betas", "eps", "momentum")
+    return [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
 
 
 def load_weights(config: CfgNode, model: nn.Module, source: Source) -> None:
@@ -83,15 +106,20 @@ def load_weights(config: CfgNode, model: nn.Module, source: Source) -> None:
     )
 
 
-def source_of(config: CfgNode, mode: str, last: Path) -> Source:
-    """Where weights come from, said in one log line."""
-    source = choose_source(
+def find_source(config: CfgNode, mode: str, last: Path) -> Source:
+    """Where weights come from; ValueError if they are not there."""
+    return choose_source(
         mode,
         last,
         resume=config.MODEL.RESUME,
         pretrained=config.MODEL.PRETRAINED,
         auto_resume=config.TRAIN.AUTO_RESUME,
     )
+
+
+def source_of(config: CfgNode, mode: str, last: Path) -> Source:
+    """Where weights come from, said in one log line."""
+    source = find_source(config, mode, last)
     _LOG.info("weights: %s", source.reason)
     return source
 
@@ -106,96 +134,174 @@ def write_json(path: Path, content: dict[str, Any], runtime: Runtime) -> None:
 # -- modes ---------------------------------------------------------------------------------------
 
 
-def train(config: CfgNode, runtime: Runtime) -> None:
-    """Train, evaluating after every epoch; ends with the summary of the best checkpoint."""
-    amp = set_up(config, runtime)
-    folder, start = output_dir(config), time.time()
-    data = build_data(config, rank=runtime.rank, world_size=runtime.world_size)
-    task = build_task(config, data.num_classes)
-    model = build_placed(config, data.num_classes, runtime.device)
-    source = source_of(config, "train", folder / "checkpoints" / "last.pth")
-    if source.kind == "pretrained":
-        load_weights(config, model, source)
-    if config.TRAIN.SYNC_BN and runtime.world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
-    optimizer = build_optimizer(config, model, runtime.world_size)
-    model, optimizer = amp.prepare(model, optimizer)
-    ema_config = config.TRAIN.EMA
-    ema = ModelEma(model, ema_config.DECAY, ema_config.WARMUP) if ema_config.ENABLE else None
-    steps_per_epoch = math.ceil(len(data.train) / max(config.TRAIN.ACCUMULATION_STEPS, 1))
-    schedule = build_scheduler(config, optimizer, steps_per_epoch)
-    epochs = math.ceil(schedule.total_steps / steps_per_epoch)
-    checkpointer = Checkpointer(
-        folder / "checkpoints",
-        dict(model=model, ema=ema, optimizer=optimizer, scheduler=schedule, scaler=amp),
-        metric=task.metric,
-        keep=config.SAVE_KEEP,
-        config_text=dump(config),
-        classes=data.classes,
-    )
-    progress = dict(epoch=config.TRAIN.START_EPOCH, step=0, batch=0)
-    progress["step"] = progress["epoch"] * steps_per_epoch
-    if source.kind == "resume":
-        progress = checkpointer.resume(fetch(source.path))
-    if runtime.is_main:
-        (folder / "config.yaml").write_text(dump(config))
-    trained = wrap(config, model, runtime)
-    scored = model if ema is None else ema.module
+class TrainingRun:
+    """Everything that one training run is made of, built from the config; `run` trains it to the end."""
 
-    def score() -> dict[str, float]:
-        return evaluate(
-            scored,
-            task,
-            data.val,
-            device=runtime.device,
-            amp=amp,
-            channels_last=config.CHANNELS_LAST,
+    def __init__(self, config: CfgNode, runtime: Runtime) -> None:
+        self.config, self.runtime, self.folder = config, runtime, output_dir(config)
+        self.amp = set_up(config, runtime)
+        self.data = build_data(config, rank=runtime.rank, world_size=runtime.world_size)
+        self.task = build_task(config, self.data.num_classes)
+        model = build_placed(config, self.data.num_classes, runtime.device)
+        self.source = source_of(config, "train", self.folder / "checkpoints" / "last.pth")
+        if self.source.kind == "pretrained":
+            load_weights(config, model, self.source)
+        # Until here all processes drew the same numbers, so that averages start from the same weights.
+        seed_everything(config.SEED, runtime.rank)
+        model = synchronise_batch_norm(config, model, runtime)
+        model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+        optimizer = build_optimizer(config, model, runtime.world_size)
+        self.model, self.optimizer = self.amp.prepare(model, optimizer)
+        average = config.TRAIN.EMA
+        self.ema = ModelEma(model, average.DECAY, average.WARMUP) if average.ENABLE else None
+        self.scored = self.model if self.ema is None else self.ema.module
+        self.window = max(config.TRAIN.ACCUMULATION_STEPS, 1)
+        self.schedule = build_scheduler(
+            config, self.optimizer, math.ceil(len(self.data.train) / self.window)
+        )
+        self.epochs = math.ceil(self.schedule.total_steps / self.schedule.steps_per_epoch)
+        self.checkpointer = Checkpointer(
+            self.folder / "checkpoints",
+            dict(
+                model=self.model,
+                ema=self.ema,
+                optimizer=self.optimizer,
+                scheduler=self.schedule,
+                scaler=self.amp,
+            ),
+            metric=self.task.metric,
+            keep=config.SAVE_KEEP,
+            config_text=dump(config),
+            classes=self.data.classes,
         )
 
-    if source.kind == "pretrained":
-        _LOG.info("before training: %s", task.describe(score()))
-    with MetricsWriter(folder, runtime.rank, resume_step=progress["step"]) as writer:
-        for epoch in range(progress["epoch"], epochs):
-            first_batch = progress["batch"] if epoch == progress["epoch"] else 0
-            data.train.set_position(epoch, first_batch)
-            epoch_start = time.time()
-            result = train_epoch(
-                trained,
-                task,
-                data.train,
-                optimizer,
-                schedule,
-                device=runtime.device,
-                amp=amp,
-                num_batches=len(data.train),
-                epoch=epoch,
-                epochs=epochs,
-                step=progress["step"],
-                first_batch=first_batch,
-                accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
-                clip_grad=config.TRAIN.CLIP_GRAD,
-                ema=ema,
-                channels_last=config.CHANNELS_LAST,
-                log_every=config.PRINT_FREQ,
-                on_log=lambda record: writer.write("train", record["step"], record),
-                save_every=config.SAVE_STEPS,
-                on_save=lambda step, batch, epoch=epoch: checkpointer.save(
-                    dict(epoch=epoch, step=step, batch=batch)
-                ),
-            )
-            _LOG.info("EPOCH %d training takes %s", epoch, _duration(time.time() - epoch_start))
-            progress = dict(epoch=epoch + 1, step=result.step, batch=0)
-            metrics = score()
-            writer.write("eval", result.step, dict(epoch=epoch, **metrics))
-            numbered = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == epochs
-            checkpointer.save(progress, metrics, epoch if numbered else None)
-            _LOG.info("%s", task.describe(metrics))
-            if checkpointer.best:
-                _LOG.info("Max %s: %.2f", task.metric, checkpointer.best["value"])
-            report_skipped(data)
-    _LOG.info("Training time %s", _duration(time.time() - start))
-    summarise(config, runtime, amp, task, scored, checkpointer, time.time() - start)
+    def run(self) -> None:
+        """Train from where the weights' source left off, scoring and saving as the config says."""
+        start = time.time()
+        epoch, batch = self.config.TRAIN.START_EPOCH, 0
+        if self.source.kind == "resume":
+            epoch, batch = self.resume()
+        elif self.source.kind == "pretrained":
+            _LOG.info("before training: %s", self.task.describe(self.score()))
+        step = epoch * self.schedule.steps_per_epoch + math.ceil(batch / self.window)
+        if self.runtime.is_main:
+            (self.folder / "config.yaml").write_text(dump(self.config))
+        if epoch >= self.epochs:
+            _LOG.info("nothing left to train: %d of %d epochs are done", epoch, self.epochs)
+        trained = wrap(self.config, self.model, self.runtime)
+        with MetricsWriter(self.folder, self.runtime.rank, resume_step=step) as writer:
+            for number in range(epoch, self.epochs):
+                step = self.run_epoch(trained, writer, number, batch, step)
+                batch = 0
+        seconds = time.time() - start
+        _LOG.info("Training time %s", _duration(seconds))
+        self.summarise(seconds)
+
+    def run_epoch(
+        self, trained: nn.Module, writer: MetricsWriter, epoch: int, first_batch: int, step: int
+    ) -> int:
+        """Train the rest of an epoch, score it, save it -> number of the next step."""
+        config, start = self.config, time.time()
+        self.data.train.set_position(epoch, first_batch)
+        result = train_epoch(
+            trained,
+            self.task,
+            self.data.train,
+            self.optimizer,
+            self.schedule,
+            device=self.runtime.device,
+            amp=self.amp,
+            num_batches=len(self.data.train),
+            epoch=epoch,
+            epochs=self.epochs,
+            step=step,
+            first_batch=first_batch,
+            accumulation_steps=self.window,
+            clip_grad=config.TRAIN.CLIP_GRAD,
+            ema=self.ema,
+            channels_last=config.CHANNELS_LAST,
+            log_every=config.PRINT_FREQ,
+            on_log=lambda record: writer.write("train", record["step"], record),
+            save_every=config.SAVE_STEPS,
+            on_save=lambda step, batch: self.checkpointer.save(self.progress(epoch, step, batch)),
+        )
+        _LOG.info("EPOCH %d training takes %s", epoch, _duration(time.time() - start))
+        final = epoch + 1 == self.epochs
+        metrics = {}
+        if final or (epoch + 1) % config.EVAL_FREQ == 0:
+            metrics = dict(epoch=epoch, **self.score())
+            writer.write("eval", result.step, metrics)
+            _LOG.info("%s", self.task.describe(metrics))
+        numbered = epoch if final or (epoch + 1) % config.SAVE_FREQ == 0 else None
+        self.checkpointer.save(self.progress(epoch, result.step, result.batch), metrics, numbered)
+        if self.checkpointer.best:
+            _LOG.info("Max %s: %.2f", self.task.metric, self.checkpointer.best["value"])
+        report_skipped(self.data)
+        return result.step
+
+    def progress(self, epoch: int, step: int, batch: int) -> dict[str, Any]:
+        """Where training is, as a checkpoint holds it: the next batch, and the steps done."""
+        sampler = self.data.train.state(batch)
+        if batch == len(self.data.train):
+            epoch, batch = epoch + 1, 0
+        return dict(epoch=epoch, step=step, batch=batch, sampler=sampler)
+
+    def resume(self) -> tuple[int, int]:
+        """Restore the run's state -> (epoch, batch) to continue with, in batches of today's size."""
+        settings = hyper_parameters(self.optimizer)
+        progress = self.checkpointer.resume(fetch(self.source.path))
+        for group, current in zip(self.optimizer.param_groups, settings, strict=True):
+            changed = {k: v for k, v in current.items() if group[k] != v}
+            if changed:
+                _LOG.warning("taken from the config, not from the checkpoint: %s", changed)
+                group.update(changed)
+        if not (self.checkpointer.folder / "best.pth").is_file():
+            self.checkpointer.best = None  # it lies in another folder: this one gets its own
+        epoch, batch = self.data.train.load_state(progress["sampler"])
+        return (epoch + 1, 0) if batch == len(self.data.train) else (epoch, batch)
+
+    def score(self) -> dict[str, float]:
+        """Metrics of the averaged weights, if there are any, else of the trained ones."""
+        return evaluate(
+            self.scored,
+            self.task,
+            self.data.val,
+            device=self.runtime.device,
+            amp=self.amp,
+            channels_last=self.config.CHANNELS_LAST,
+        )
+
+    def summarise(self, seconds: float) -> None:
+        """Time the trained model, draw the curves, and end the log with what the run achieved."""
+        config, folder, best = self.config, self.folder, self.checkpointer.best
+        speed = time_model(config, self.amp, self.scored, self.runtime.device)
+        write_json(folder / "throughput.json", speed, self.runtime)
+        if not self.runtime.is_main or best is None:
+            return
+        best_file = self.checkpointer.folder / "best.pth"
+        result = dict(checkpoint=str(best_file), **best["metrics"])
+        write_json(folder / "eval.json", result, self.runtime)
+        curves = folder / "curves.png"
+        plot_training(folder / "metrics.jsonl", curves, self.task.metric, config.MODEL.NAME)
+        cost = count_model(config, self.scored)
+        size = "x".join(map(str, to_pair(config.DATA.IMG_SIZE)))
+        scores = self.task.describe(best["metrics"]).strip(" *")
+        files = ", ".join(sorted(path.name for path in folder.iterdir() if path != curves))
+        lines = [
+            f"{config.MODEL.NAME}: done in {_duration(seconds)}",
+            f"  best    {scores}, epoch {best['metrics']['epoch']} of 0 to {self.epochs - 1}",
+            f"  model   {cost.params_m:.3f} M parameters, {cost.gmacs:.4f} GMACs at {size}",
+            f"  speed   {speed['img_per_s']:.1f} images/s (batch {speed['batch_size']}, "
+            f"{speed['dtype']}, {speed['device']})",
+            f"  curves  {curves}",
+            f"  files   {folder}: {files}",
+        ]
+        _LOG.info("Summary\n%s", "\n".join(lines))
+
+
+def train(config: CfgNode, runtime: Runtime) -> None:
+    """Train; ends with the summary of the best checkpoint."""
+    TrainingRun(config, runtime).run()
 
 
 def evaluate_only(config: CfgNode, runtime: Runtime) -> None:
@@ -207,6 +313,7 @@ def evaluate_only(config: CfgNode, runtime: Runtime) -> None:
     task = build_task(config, data.num_classes)
     model = build_placed(config, data.num_classes, runtime.device)
     load_weights(config, model, source)
+    model, _ = amp.prepare(model)
     metrics = evaluate(
         torch.compile(model) if config.COMPILE else model,
         task,
@@ -216,8 +323,9 @@ def evaluate_only(config: CfgNode, runtime: Runtime) -> None:
         channels_last=config.CHANNELS_LAST,
     )
     _LOG.info("%s", task.describe(metrics))
-    report_skipped(data)
-    write_json(folder / "eval.json", dict(checkpoint=source.path, **metrics), runtime)
+    skipped = report_skipped(data)
+    result = dict(checkpoint=source.path, **metrics, skipped=skipped)
+    write_json(folder / "eval.json", result, runtime)
     _LOG.info("written: %s", folder / "eval.json")
 
 
@@ -229,6 +337,7 @@ def throughput_only(config: CfgNode, runtime: Runtime) -> None:
     source = source_of(config, "throughput", folder / "checkpoints" / "last.pth")
     if source.kind != "scratch":
         load_weights(config, model, source)
+    model, _ = amp.prepare(model)
     result = time_model(config, amp, model, runtime.device)
     _LOG.info(
         "batch_size %d throughput %.1f (images/s, median of %d; %.1f to %.1f)",
@@ -243,9 +352,17 @@ def throughput_only(config: CfgNode, runtime: Runtime) -> None:
 
 
 def info_only(config: CfgNode, runtime: Runtime) -> None:
-    """Count parameters, GMACs and activations per module; needs no data."""
+    """Count parameters, GMACs and activations per module.
+
+    Needs no data; a model whose cost depends on the image is counted as the mean over a batch of
+    validation images where they are at hand, else on noise. Weights come from --resume, if given.
+    """
     set_up(config, runtime)
-    cost = count_model(config, build_placed(config, known_classes(config), torch.device("cpu")))
+    model = build_placed(config, known_classes(config), torch.device("cpu"))
+    source = source_of(config, "throughput", output_dir(config) / "checkpoints" / "last.pth")
+    if source.kind != "scratch":
+        load_weights(config, model, source)
+    cost = count_model(config, model, some_images(config) if model.cost_depends_on_images else None)
     _LOG.info("%s\n%s", config.MODEL.NAME, cost.to_text())
     write_json(output_dir(config) / "info.json", cost.to_dict(), runtime)
     _LOG.info("written: %s", output_dir(config) / "info.json")
@@ -262,16 +379,30 @@ MODES: dict[str, Callable[[CfgNode, Runtime], None]] = {
 
 
 def known_classes(config: CfgNode) -> int | None:
-    """Classes of the data where it is at hand; None leaves the config's number, or 1000."""
+    """Classes of the data, at hand or by its name; None leaves the config's number, or 1000."""
     try:
         return dataset_num_classes(config)
     except FileNotFoundError:
-        return None
+        configured = config.MODEL.NUM_CLASSES is not None
+        return None if configured else published_num_classes(config.DATA.DATASET)
 
 
-def count_model(config: CfgNode, model: nn.Module) -> Complexity:
-    """Costs of one image at the config's size."""
+def count_model(
+    config: CfgNode, model: nn.Module, images: torch.Tensor | None = None
+) -> Complexity:
+    """Costs of one image at the config's size; the mean over `images` (B, C, H, W) if given."""
+    if images is not None:
+        _LOG.info("counting the mean over %d validation images", len(images))
+        return count(model, images).per_image()
     return count(model, (config.MODEL.IN_CHANS, *to_pair(config.DATA.IMG_SIZE)))
+
+
+def some_images(config: CfgNode) -> torch.Tensor | None:
+    """A batch of validation images (B, C, H, W), if there is a dataset."""
+    try:
+        return next(iter(build_loader(config, "val")))[0]
+    except FileNotFoundError:
+        return None
 
 
 def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -288,48 +419,43 @@ def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device
     return dict(model=config.MODEL.NAME, compile=config.COMPILE, **timed)
 
 
-def report_skipped(data: Data) -> None:
-    """Say how many unreadable images DATA.ON_ERROR skip has left out."""
-    for name, loader in (("training", data.train), ("validation", data.val)):
-        if loader is not None and loader.skipped:
-            _LOG.warning("%d unreadable %s images were skipped so far", loader.skipped, name)
-
-
-def summarise(
-    config: CfgNode,
-    runtime: Runtime,
-    amp: Amp,
-    task: Task,
-    model: nn.Module,
-    checkpointer: Checkpointer,
-    seconds: float,
-) -> None:
-    """Time the trained model, draw the curves, and end the log with what the run achieved."""
-    folder = output_dir(config)
-    speed = time_model(config, amp, model, runtime.device)
-    write_json(folder / "throughput.json", speed, runtime)
-    if not runtime.is_main or checkpointer.best is None:
-        return
-    best, best_file = checkpointer.best, checkpointer.folder / "best.pth"
-    write_json(folder / "eval.json", dict(checkpoint=str(best_file), **best["metrics"]), runtime)
-    plot_training(folder / "metrics.jsonl", folder / "curves.png", task.metric, config.MODEL.NAME)
-    cost = count_model(config, model)
-    size = "x".join(map(str, to_pair(config.DATA.IMG_SIZE)))
-    files = ", ".join(sorted(p.name for p in folder.iterdir() if p.name != "curves.png"))
-    lines = [
-        f"{config.MODEL.NAME}: done in {_duration(seconds)}",
-        f"  best       {task.describe(best['metrics'])} (after epoch {best['progress']['epoch']})",
-        f"  model      {cost.params_m:.3f} M parameters, {cost.gmacs:.4f} GMACs at {size}",
-        f"  speed      {speed['img_per_s']:.1f} images/s (batch {speed['batch_size']}, "
-        f"{speed['dtype']}, {speed['device']})",
-        f"  curves     {folder / 'curves.png'}",
-        f"  files      {folder}: {files}",
-    ]
-    _LOG.info("Summary\n%s", "\n".join(lines))
+def report_skipped(data: Data) -> int:
+    """How many unreadable images DATA.ON_ERROR skip has left out, on all processes."""
+    loaders = [loader for loader in (data.train, data.val) if loader is not None]
+    skipped = int(all_reduce_sum(torch.tensor(sum(loader.skipped for loader in loaders))))
+    if skipped:
+        _LOG.warning("%d unreadable images were skipped so far", skipped)
+    return skipped
 
 
 def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=int(seconds)))
+
+
+def check(config: CfgNode, runtime: Runtime) -> None:
+    """Stop a run that cannot succeed before it writes anything.
+
+    The model is built without memory behind it; no image and no weights are read, and the training
+    images, which take long to list, are left to the run.
+
+    Raises:
+        ValueError: keys that the data, the task, the model or the optimizer refuse, or missing weights.
+        FileNotFoundError: the data is not there.
+    """
+    Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
+    mode = next((key for key in MODES if config[key]), "train")
+    if mode in ("train", "EVAL_MODE"):
+        classes = check_data(config, ("train", "val") if mode == "train" else ("val",))
+        build_task(config, classes)
+    else:
+        classes = known_classes(config)
+    with torch.device("meta"):
+        model = build_placed(config, classes, torch.device("meta"))
+    if mode == "train":
+        build_optimizer(config, model, runtime.world_size)
+    names = {"train": "train", "EVAL_MODE": "eval", "THROUGHPUT_MODE": "throughput"}
+    if mode in names:
+        find_source(config, names[mode], output_dir(config) / "checkpoints" / "last.pth")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -337,8 +463,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser, args, flags = parse_args(argv)
     try:
         config = load_config(args.cfg, args.opts, flags)
-        runtime = init_distributed(local_rank_flag=args.local_rank)
+        runtime = init_distributed(config.DEVICE, args.local_rank)
+        check(config, runtime)
     except (ValueError, FileNotFoundError) as error:
+        cleanup()
         parser.error(str(error))
     mode = next((run for key, run in MODES.items() if config[key]), train)
     try:

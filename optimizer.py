@@ -100,6 +100,8 @@ def build_optimizer(
     )
     groups = param_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY)
     name, betas = options.NAME.lower(), tuple(options.BETAS)
+    if name in OWN_OPTIMIZERS and len(betas) != 2:
+        raise ValueError(f"TRAIN.OPTIMIZER.BETAS={options.BETAS}: '{name}' takes two")
     if name == "adamw":
         fused = _on_gpu(groups)
         optimizer = torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=betas, fused=fused)

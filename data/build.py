@@ -136,6 +136,17 @@ def build_transform(config: Any, training: bool) -> Transform:
     )
 
 
+def check_data(config: Any, splits: Sequence[str] = ("train", "val")) -> int:
+    """What can be wrong with the data's keys and files before an image is read -> number of classes.
+
+    Raises:
+        ValueError, FileNotFoundError: as in `build_data`, whose checks of the training files are its own.
+    """
+    for split in splits:
+        build_transform(config, split == "train")
+    return dataset_num_classes(config)
+
+
 def dataset_num_classes(config: Any) -> int:
     """Classes of the validation split, checked against MODEL.NUM_CLASSES; reads no image."""
     found = len(build_dataset(config, "val").classes)

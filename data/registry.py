@@ -23,6 +23,7 @@ from utils.spelling import nearest
 SPLITS = ("train", "val")
 
 _BUILDERS: dict[str, Callable[..., "ImageDataset"]] = {}
+_NUM_CLASSES: dict[str, int] = {}
 
 
 class ImageDataset(Dataset):
@@ -50,8 +51,14 @@ class ImageDataset(Dataset):
         """Keep these samples in memory; called once, before workers start. Does nothing by default."""
 
 
-def register_dataset(*names: str) -> Callable[[Callable[..., ImageDataset]], Callable]:
-    """Decorator: make a builder known as DATA.DATASET under each of `names`.
+def register_dataset(
+    *names: str, num_classes: int | None = None
+) -> Callable[[Callable[..., ImageDataset]], Callable]:
+    """Decorator: make a builder known as DATA.DATASET under each of `names`, case aside.
+
+    Args:
+        num_classes: where all data of this name has as many; models are counted and timed with it
+            when the data is not there.
 
     Raises:
         ValueError: a name is taken.
@@ -62,6 +69,8 @@ def register_dataset(*names: str) -> Callable[[Callable[..., ImageDataset]], Cal
             if name.lower() in _BUILDERS:
                 raise ValueError(f"DATA.DATASET='{name}' is registered twice")
             _BUILDERS[name.lower()] = builder
+            if num_classes is not None:
+                _NUM_CLASSES[name.lower()] = num_classes
         return builder
 
     return decorate
@@ -70,6 +79,12 @@ def register_dataset(*names: str) -> Callable[[Callable[..., ImageDataset]], Cal
 def list_datasets() -> list[str]:
     """All names that DATA.DATASET may have."""
     return sorted(_BUILDERS)
+
+
+def published_num_classes(name: str) -> int | None:
+    """Classes of a format that always has as many, else None; ValueError for an unknown format."""
+    _find(name)
+    return _NUM_CLASSES.get(name.lower())
 
 
 def dataset_options(name: str) -> set[str]:

@@ -77,6 +77,9 @@ def train_transform(
         re_prob: probability of random erasing; re_mode pixel, const or rand, re_count areas at most.
     """
     mean, std = channel_stats(mean, std, in_chans)
+    policy = None if auto_augment.lower() in ("none", "") else auto_augment
+    if policy:
+        _check_policy(policy)
     geometry, augmentation, normalisation = create_transform(
         size,
         is_training=True,
@@ -86,7 +89,7 @@ def train_transform(
         vflip=vflip,
         # 0.0 would add a jitter that does nothing, and still draw random numbers for it.
         color_jitter=color_jitter or None,
-        auto_augment=None if auto_augment.lower() in ("none", "") else auto_augment,
+        auto_augment=policy,
         interpolation=interpolation,
         mean=mean,
         std=std,
@@ -138,6 +141,17 @@ def eval_transform(
         geometry = [_resize(size, interpolation)]
     normalise = transforms.Normalize(torch.tensor(mean), torch.tensor(std))
     return transforms.Compose([*geometry, transforms.ToTensor(), normalise])
+
+
+def _check_policy(policy: str) -> None:
+    """ValueError for a text that timm reads as no policy; its own errors name no key."""
+    try:
+        create_transform(64, is_training=True, auto_augment=policy)
+    except (AssertionError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"AUG.AUTO_AUGMENT='{policy}' must be a policy of timm (rand-m9-mstd0.5-inc1, original, "
+            f"v0, 3a, augmix-m3) or none{f': {error}' if str(error) else ''}"
+        ) from error
 
 
 def _policy_ops(augmentation: Sequence[Any]) -> Iterator[AugmentOp]:

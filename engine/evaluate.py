@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.amp import Amp
 from utils.wrappers import broadcast_buffers, unwrap
@@ -23,7 +24,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of `model` over all batches of all processes.
 
-    The bare model runs, so that processes may hold different numbers of batches (also none) without
+    The model runs outside DDP, so that processes may hold different numbers of batches (also none) without
     waiting for each other inside DDP. All processes must call this; all get the same numbers.
 
     Args:
@@ -35,6 +36,10 @@ def evaluate(
         What `task.evaluator().compute()` returns; `task.metric` is one of the keys.
     """
     module = unwrap(model)
+    # Not through DDP, but compiled if it is.
+    runner = (
+        module if any(isinstance(m, DistributedDataParallel) for m in model.modules()) else model
+    )
     # Every module's own mode: a frozen batch norm must still be in eval mode afterwards.
     modes = [(part, part.training) for part in module.modules()]
     evaluator = task.evaluator()
@@ -45,7 +50,7 @@ def evaluate(
             for batch in loader:
                 batch = to_device(batch, device, channels_last)
                 with amp.autocast():
-                    output = task.predict(module, batch)
+                    output = task.predict(runner, batch)
                 evaluator.update(output, batch)
             return evaluator.compute()
     finally:

@@ -29,9 +29,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What an epoch left: the next step's number, and means over its batches (this process)."""
+    """What an epoch left: the next step and batch, and means over its batches (this process)."""
 
     step: int
+    batch: int  # `num_batches`, unless the schedule ended before
     metrics: dict[str, float]
 
 
@@ -122,7 +123,7 @@ def train_epoch(
             model.train()
 
     log.check(first_batch - 1, step)
-    return TrainResult(step, log.means())
+    return TrainResult(step, first_batch, log.means())
 
 
 def to_device(batch: Any, device: torch.device, channels_last: bool = False) -> Any:

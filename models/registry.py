@@ -21,10 +21,11 @@ _ENTRIES: dict[str, "Entry"] = {}
 
 @dataclass(frozen=True)
 class Field:
-    """One config key: its default and the Python types that a value may have."""
+    """One config key: its default, the Python types of a value, and those of a list's elements."""
 
     default: Any
     types: tuple[type, ...]
+    elements: tuple[type, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def signature_fields(cls: type) -> dict[str, Field]:
         default = (
             list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         )
-        fields[keyword] = Field(default, _accepted_types(hints.get(keyword), where))
+        hint = hints.get(keyword)
+        fields[keyword] = Field(default, _accepted_types(hint, where), _element_types(hint, where))
     return fields
 
 
@@ -108,3 +110,13 @@ def _accepted_types(hint: Any, where: str) -> tuple[type, ...]:
         f"{where}: annotation {hint!r} is no plain config type "
         "(bool, int, float, str, a sequence of them, or None)"
     )
+
+
+def _element_types(hint: Any, where: str) -> tuple[type, ...]:
+    """Annotation -> types of the elements of its sequences; empty if it has none."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(t for part in parts for t in _element_types(part, where))
+    if typing.get_origin(hint) in (tuple, list, Sequence):
+        return tuple(t for part in parts if part is not ... for t in _accepted_types(part, where))
+    return ()

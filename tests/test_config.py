@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import config as config_module
+import optimizer
 from config import all_keys, dump, load_config, output_dir
 from models import CONFIG_DIR, build_model, registry
 
@@ -152,10 +153,29 @@ def test_missing_file_names_what_is_there(tmp_path):
         (["MODEL.DFvT.DEPTHS", "2"], r"MODEL.DFvT.DEPTHS=2 .* must be list"),
         (["AMP_ENABLE", "1"], r"AMP_ENABLE=1 .* must be bool"),
         (["AMP_DTYPE", "half"], r"AMP_DTYPE='half' must be one of \['auto', 'bf16', 'fp16'\]"),
+        (["AMP_DTYPE", "bfloat16"], r"AMP_DTYPE='bfloat16'.*did you mean 'bf16'\?"),
         (["MODEL.TYPE", "dfvit"], r"MODEL.TYPE='dfvit' is not registered.*dfvt"),
-        (["MODEL.DROP_PATH_RATE", "1.5"], r"MODEL.DROP_PATH_RATE=1.5 must be between 0 and 1"),
-        (["DATA.BATCH_SIZE", "7"], r"DATA.BATCH_SIZE=7 must be even while mixup or cutmix is on"),
-        (["DATA.MEAN", "[0.5, 0.5]"], r"DATA.MEAN has 2 entries"),
+        (["MODEL.DROP_PATH_RATE", "1.5"], r"MODEL.DROP_PATH_RATE=1.5 must be within \[0, 1\)"),
+        (["DATA.BATCH_SIZE", "[1"], r"DATA.BATCH_SIZE='\[1' .* must be int, not str"),
+        (["DATA.STD", "[0, 0, 0]"], r"DATA.STD=\[0.0, 0.0, 0.0\] must be within \(0, inf\)"),
+        (["DATA.MEAN", "[123.675]"], r"DATA.MEAN=\[123.675\] must be within"),
+        (["DATA.SYNTHETIC.TRAIN_SIZE", "0"], r"DATA.SYNTHETIC.TRAIN_SIZE=0 must be within"),
+        (["TRAIN.MIN_LR", "-1"], r"TRAIN.MIN_LR=-1.0 must be within"),
+        (["TRAIN.WARMUP_LR", "-1"], r"TRAIN.WARMUP_LR=-1.0 must be within"),
+        (["TRAIN.BASE_LR", "float('nan')"], r"TRAIN.BASE_LR=.* must be float"),
+        (["TRAIN.BASE_LR", ".nan"], r"TRAIN.BASE_LR=nan must be within"),
+        (["TRAIN.WARMUP_STEPS", "-5"], r"TRAIN.WARMUP_STEPS=-5 must be within"),
+        (["TRAIN.START_EPOCH", "-1"], r"TRAIN.START_EPOCH=-1 must be within"),
+        (["TRAIN.EMA.DECAY", "1.0"], r"TRAIN.EMA.DECAY=1.0 must be within \[0, 1\)"),
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9]"], r"OPTIMIZER.BETAS=\[0.9\] must have two entries"),
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9, 1]"], r"OPTIMIZER.BETAS=\[0.9, 1.0\] must be within"),
+        (["AUG.SCALE", "[0.5]"], r"AUG.SCALE=\[0.5\] must be \[smallest, largest\]"),
+        (["AUG.RATIO", "[2, 1]"], r"AUG.RATIO=\[2.0, 1.0\] must be \[smallest, largest\]"),
+        (["AUG.CUTMIX_MINMAX", "[0.5, 2]"], r"AUG.CUTMIX_MINMAX=\[0.5, 2.0\] must be within"),
+        (["MODEL.DFvT.DEPTHS", "['a', 2]"], r"MODEL.DFvT.DEPTHS=\['a', 2\] .* list of int"),
+        (["MODEL.DFvT.DEPTHS", "[2.0, 2]"], r"MODEL.DFvT.DEPTHS=\[2.0, 2\] .* list of int"),
+        (["DATA.MEAN", "['a']"], r"DATA.MEAN=\['a'\] .* must be a list of float"),
+        (["MODEL.SIMMIM.TYPO", "1"], r"unknown config key MODEL.SIMMIM.TYPO"),
         (["DATA.IMG_SIZE", "[224]"], r"DATA.IMG_SIZE=\[224\] must be"),
         (["DATA.IMG_SIZE", "[1, 2, 3]"], r"DATA.IMG_SIZE=\[1, 2, 3\] must be"),
         (["EVAL_MODE", "True", "INFO_MODE", "True"], r"EVAL_MODE and INFO_MODE exclude"),
@@ -167,6 +187,53 @@ def test_missing_file_names_what_is_there(tmp_path):
 def test_bad_values_stop_with_key_value_and_fix(opts, message):
     with pytest.raises(ValueError, match=message):
         load_config(DFVT_TINY, opts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("BASE: 3\n", r"BASE=3 in .*a.yaml must be a YAML file, or a list"),
+        ("BASE: [[b.yaml]]\n", r"BASE=\[\['b.yaml'\]\] in"),
+        ("TAG: yes\n", r"TAG=True in .* must be str, not bool; put it in quotes"),
+        ("TRAIN: [\n", r"a.yaml is not valid YAML"),
+    ],
+)
+def test_bad_files_stop_with_key_value_and_fix(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path / "a.yaml", text))
+
+
+def test_yaml_may_be_written_as_people_write_it(tmp_path):
+    """Trap: YAML 1.1 reads no as False, 1 as a number, and nothing as None."""
+    text = "BASE:\nTAG: 1\nDATA: {CACHE_MODE: no}\nTRAIN: {LR_SCHEDULER: {NAME: Cosine}}\n"
+    config = load_config(write(tmp_path / "a.yaml", text + "AMP_OPT_LEVEL: o1\n"))
+    assert (config.TAG, config.DATA.CACHE_MODE) == ("1", "no")
+    assert (config.TRAIN.LR_SCHEDULER.NAME, config.AMP_OPT_LEVEL) == ("cosine", "O1")
+
+
+def test_keys_without_effect_warn_where_they_differ_from_swins_defaults(tmp_path, caplog):
+    section = "TRAIN: {MOE: {SAVE_MASTER: %s}}\nMODEL: {SIMMIM: {NORM_TARGET: {ENABLE: %s}}}\n"
+    path = tmp_path / "a.yaml"
+    load_config(write(path, section % (False, False)), ["FUSED_LAYERNORM", "False"])
+    assert not caplog.records
+    load_config(write(path, section % (True, True)), ["FUSED_LAYERNORM", "True"])
+    warned = [record.getMessage().split("=")[0] for record in caplog.records]
+    assert warned == [
+        "TRAIN.MOE.SAVE_MASTER",
+        "MODEL.SIMMIM.NORM_TARGET.ENABLE",
+        "FUSED_LAYERNORM",
+    ]
+
+
+def test_a_model_can_be_described_without_the_rest_of_a_recipe():
+    opts = ["MODEL.IN_CHANS", "1", "DATA.BATCH_SIZE", "1"]
+    assert build_model(load_config(DFVT_TINY, opts)).patch_embed is not None
+
+
+def test_other_optimizers_keep_their_own_numbers_where_the_config_has_its_defaults():
+    shared = load_config(DFVT_TINY).TRAIN.OPTIMIZER
+    assert optimizer.DEFAULT_EPS == shared.EPS
+    assert list(optimizer.DEFAULT_BETAS) == shared.BETAS
 
 
 def test_values_from_the_command_line_are_read_as_literals():
@@ -214,6 +281,8 @@ def test_every_choice_and_range_names_a_key_that_exists():
     assert set(config_module._CHOICES) <= keys
     assert set(config_module._RANGES) <= keys
     assert set(config_module._TYPES) <= keys
+    assert set(config_module._ELEMENTS) <= keys
+    assert not set(config_module._INERT) & keys
 
 
 def test_every_shared_key_is_read_by_some_code():

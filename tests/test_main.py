@@ -131,11 +131,12 @@ def test_eval_scores_exactly_the_file_it_is_given_and_never_trains(trained):
     assert "Train:" not in (folder / "log_rank0.txt").read_text()
 
 
-def test_eval_with_nothing_to_evaluate_is_an_error():
+def test_eval_with_nothing_to_evaluate_is_an_error(capsys):
     """Trap: `--eval` without `--resume` starts training."""
-    with pytest.raises(ValueError, match="--eval has nothing to evaluate"):
+    with pytest.raises(SystemExit):
         run("--eval")
-    assert not list(Path("out").rglob("*.pth"))
+    assert "--eval has nothing to evaluate" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_eval_refuses_weights_whose_classifier_does_not_fit(trained):
@@ -199,6 +200,40 @@ def test_ema_is_evaluated_saved_and_scored_by_eval():
     assert evaluation["loss"] == pytest.approx(state["metrics"]["loss"], abs=1e-6)
 
 
+def test_a_resumed_run_goes_on_in_batches_of_todays_size(trained, caplog):
+    run("--opts", "TRAIN.EPOCHS", "1")
+    folder = run("--batch-size", "4", "--opts", "TRAIN.EPOCHS", "2")
+    log = (folder / "log_rank0.txt").read_text()
+    assert "Train: [1/2][0/8]" in log
+    assert "Train: [1/2][7/8]" in log
+    assert "Train: [0/2]" not in log.split("auto-resume")[1]
+    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert state["progress"]["step"] == 16
+
+
+def test_a_run_that_was_cut_by_max_steps_can_be_made_longer():
+    run("--opts", "TRAIN.MAX_STEPS", "6")
+    first = torch.load("out/smoke_cls/default/checkpoints/last.pth", weights_only=True)["progress"]
+    assert (first["epoch"], first["batch"], first["step"]) == (1, 2, 6)
+    folder = run("--opts", "TRAIN.MAX_STEPS", "10")
+    last = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["progress"]
+    assert (last["epoch"], last["batch"], last["step"]) == (2, 2, 10)
+
+
+def test_weight_decay_of_the_config_wins_over_that_of_the_checkpoint():
+    run("--opts", "TRAIN.EPOCHS", "1")
+    folder = run("--opts", "TRAIN.EPOCHS", "2", "TRAIN.WEIGHT_DECAY", "0.5")
+    groups = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["optimizer"]
+    assert {group["weight_decay"] for group in groups["param_groups"]} == {0.0, 0.5}
+    assert "taken from the config" in (folder / "log_rank0.txt").read_text()
+
+
+def test_evaluations_can_be_rarer_than_epochs():
+    folder = run("--opts", "TRAIN.EPOCHS", "3", "EVAL_FREQ", "2")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["kind"] == "eval"] == [1, 2]
+
+
 def test_pretrained_weights_take_a_new_head_and_are_scored_before_training(trained):
     folder = run(
         "--pretrained", str(trained / "checkpoints" / "best.pth"),
@@ -244,6 +279,17 @@ def test_throughput_and_info_need_no_data():
         (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
         (["--amp-opt-level", "O3"], "O3"),
         (["--eval", "--throughput"], "exclude each other"),
+        (["--eval", "--resume", "none.pth"], "none.pth does not exist"),
+        (["--batch-size", "7"], "DATA.BATCH_SIZE=7 must be even"),
+        (["--optim", "adamww"], "did you mean one of ['adamw'"),
+        (["--opts", "DATA.DATASET", "imagnet"], "did you mean one of ['imagenet'"),
+        (["--opts", "DATA.DATASET", "imagenet"], "val does not exist; DATA.DATA_PATH"),
+        (["--opts", "DATA.MEAN", "[0.5, 0.5]"], "DATA.MEAN=[0.5, 0.5]"),
+        (["--opts", "AUG.AUTO_AUGMENT", "rnd-m9"], "AUG.AUTO_AUGMENT='rnd-m9'"),
+        (["--opts", "TRAIN.OPTIMIZER.BETAS", "[0.9, 0.9, 0.9]"], "OPTIMIZER.BETAS"),
+        (["--opts", "MODEL.NUM_CLASSES", "7"], "MODEL.NUM_CLASSES=7"),
+        (["--opts", "AMP_OPT_LEVEL", "O1"], "NVIDIA Apex"),
+        (["--info", "--opts", "MODEL.DHVT.NUM_HEADS", "3"], "num_heads 3"),
     ],
 )
 def test_mistakes_on_the_command_line_stop_before_any_work(args, message, capsys):
@@ -253,6 +299,21 @@ def test_mistakes_on_the_command_line_stop_before_any_work(args, message, capsys
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("mode", [["--info"], ["--throughput"]])
+def test_the_recipe_of_training_does_not_stop_a_mode_that_needs_none(mode):
+    opts = ["MODEL.IN_CHANS", "1", "DATA.DATASET", "imagenet22K", "AUG.MIXUP", "0.8"]
+    folder = run(*mode, "--batch-size", "1", "--opts", *opts)
+    assert (folder / f"{mode[0].strip('-')}.json").is_file()
+
+
+def test_published_data_gives_the_classes_that_its_models_have():
+    sizes = []
+    for name in ("imagenet22K", "cifar10"):
+        folder = run("--info", "--opts", "DATA.DATASET", name)
+        sizes.append(json.loads((folder / "info.json").read_text())["params_m"])
+    assert sizes[0] > 5 * sizes[1]
 
 
 def test_flags_that_were_not_given_override_nothing():
@@ -285,9 +346,15 @@ def test_evaluation_is_identical_on_one_two_and_three_processes(trained):
 def test_the_old_launcher_trains_on_two_processes():
     """Trap: KeyError LOCAL_RANK, unrecognized arguments --local-rank."""
     launcher = ("-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2")
-    launch("--opts", "TRAIN.EPOCHS", "1", launcher=(*launcher, "--master_port=29611"))
+    opts = ["TRAIN.EPOCHS", "1", "TRAIN.EMA.ENABLE", "True", "TRAIN.EMA.DECAY", "0.9"]
+    launch("--opts", *opts, launcher=(*launcher, "--master_port=29611"))
     folder = Path("out/smoke_cls/default")
-    assert json.loads((folder / "eval.json").read_text())["images"] == 20
+    recorded = json.loads((folder / "eval.json").read_text())
+    assert recorded["images"] == 20
+    # Averages that started from other weights on each process would score otherwise alone.
+    run("--eval", "--resume", str(folder / "checkpoints" / "last.pth"), "--opts", *opts)
+    alone = json.loads((folder / "eval.json").read_text())
+    assert alone["loss"] == pytest.approx(recorded["loss"], abs=1e-5)
     state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
     assert len(state["rng"]) == 2
     assert state["progress"]["step"] == 2, "32 images, 8 per process: two steps"
@@ -340,3 +407,15 @@ def test_an_architecture_is_added_by_two_files(tmp_path):
     assert json.loads((folder / "info.json").read_text())["gmacs"] > 0
     state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
     assert state["progress"]["step"] == 2
+
+
+def test_info_of_a_routed_model_is_the_mean_over_images():
+    """DGE asks as many queries as its routers choose, image by image."""
+    cfg = str(CONFIG_DIR / "dge" / "deit_dge_s124_tiny_patch16_256.yaml")
+    opts = ["--opts", "DATA.DATASET", "synthetic", "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "64"]
+    opts += ["MODEL.DEIT_DGE.DEPTH", "1", "MODEL.NAME", "smoke_cls", "DATA.BATCH_SIZE", "4"]
+    opts += ["DATA.SYNTHETIC.VAL_SIZE", "4"]
+    folder = run("--info", *opts, cfg=cfg)
+    assert "mean over 4 validation images" in (folder / "log_rank0.txt").read_text()
+    gmacs = json.loads((folder / "info.json").read_text())["gmacs"]
+    assert 0.005 < gmacs < 0.05, "one image of 16 tokens, not four"

@@ -62,9 +62,14 @@ class Amp:
         return f"apex {self.opt_level}" if self.apex else str(self.dtype).removeprefix("torch.")
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Give Apex its model and optimizer, before DDP wraps the model; native AMP needs nothing."""
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+        """Give Apex its model and optimizer, before DDP wraps the model; native AMP needs nothing.
+
+        Without an optimizer (evaluation) the second of the pair is None.
+        """
+        if self.apex and optimizer is None:
+            return self.apex.initialize(model, opt_level=self.opt_level), None
         if self.apex:
             return self.apex.initialize(model, optimizer, opt_level=self.opt_level)
         return model, optimizer

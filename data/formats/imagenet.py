@@ -12,8 +12,12 @@ LAYOUT = "train/<class>/<image> and val/<class>/<image>"
 
 
 @register_dataset("imagenet", "folder")
+@register_dataset("imagenet22k", num_classes=21841)
 def imagenet(root: str, split: str, *, zip_mode: bool = False) -> ImageDataset:
-    """`root/<split>/<class>/<image>`, or `root/<split>.zip` with `root/<split>_map.txt`."""
+    """`root/<split>/<class>/<image>`, or `root/<split>.zip` with `root/<split>_map.txt`.
+
+    "imagenet22k" is read like any other images, not by the list files of Swin's readers.
+    """
     return ZippedImages(Path(root), split) if zip_mode else FolderImages(Path(root), split)
 
 

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from data.build import dataset_num_classes  # noqa: F401  registers the formats
-from data.registry import create_dataset, dataset_options, list_datasets, register_dataset
+from data.registry import (
+    create_dataset,
+    dataset_options,
+    list_datasets,
+    published_num_classes,
+    register_dataset,
+)
 
 
 def write_cifar(root, name="cifar10", protocol=4, per_file=4):
@@ -44,7 +50,7 @@ def contents(dataset):
 # -- the registry -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["imagenet22K", "cifar"])
+@pytest.mark.parametrize("name", ["imagenet21K", "cifar"])
 def test_an_unknown_format_is_an_error_with_all_names(name):
     with pytest.raises(ValueError, match=rf"DATA.DATASET='{name}'.*'cifar100'.*'imagenet'"):
         create_dataset(name, "", "train")
@@ -57,6 +63,13 @@ def test_formats_have_one_name_each_and_match_without_regard_to_case():
     assert dataset_options("ImageNet") == {"zip_mode"}
     with pytest.raises(ValueError, match="'cifar10' is registered twice"):
         register_dataset("CIFAR10".lower())(lambda root, split: None)
+
+
+def test_published_data_has_its_classes_without_its_files():
+    names = ("imagenet22K", "CIFAR10", "cifar100", "imagenet")
+    assert [published_num_classes(name) for name in names] == [21841, 10, 100, None]
+    with pytest.raises(ValueError, match="not a known format"):
+        published_num_classes("cifar")
 
 
 def test_an_unknown_split_is_an_error():

@@ -166,3 +166,9 @@ def test_posterizing_to_no_bits_is_black():
     op.magnitude = 5  # two of the eight bits
     kept = np.asarray(op(picture(8, 8)))
     assert np.array_equal(kept, np.asarray(picture(8, 8)) & 0b11000000)
+
+
+@pytest.mark.parametrize("policy", ["rnd-m9", "rand-m9-foo1", "original-x1"])
+def test_a_misspelt_policy_names_its_key(policy):
+    with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT='{policy}' must be a policy of timm"):
+        train_transform((64, 64), mean=[0.5], std=[0.5], auto_augment=policy)

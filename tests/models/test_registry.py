@@ -28,7 +28,7 @@ def test_keywords_become_fields_with_default_and_types():
     assert signature_fields(Example) == {
         "dim": Field(8, (int,)),
         "ratio": Field(2.0, (float,)),
-        "depths": Field([1, 2], (list,)),
+        "depths": Field([1, 2], (list,), (int,)),
         "scale": Field(None, (float, type(None))),
         "mixer": Field("plain", (str,)),
     }
