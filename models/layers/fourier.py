@@ -201,18 +201,21 @@ def _dft_basis(like: Tensor, n: int) -> Tensor:
     key = (n, like.dtype, like.device)
     if key in _BASES:
         return _BASES[key]
+    if torch.compiler.is_compiling():  # nothing is kept, and exporters cannot save the contexts
+        return _make_dft_basis(*key)
     # An inference tensor in the table could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        steps = torch.arange(n, device="cpu")
-        # Integer phases modulo n keep the angles, and so the float32 table, exact to the last bit.
-        angle = (steps[: n // 2 + 1, None] * steps % n).double() * (2 * math.pi / n)
-        scale = (_multiplicity(n) / n).sqrt()[:, None]
-        basis = torch.cat([angle.cos() * scale, angle.sin() * scale])
-        basis = basis.to(dtype=like.dtype, device=like.device)
-    if type(basis) is torch.Tensor and not torch.compiler.is_compiling():
-        if (
-            len(_BASES) >= 256
-        ):  # many sizes come by in detection; the tables are cheap to make again
-            _BASES.clear()
+        basis = _make_dft_basis(*key)
+    if type(basis) is torch.Tensor:
+        if len(_BASES) >= 256:
+            _BASES.clear()  # many sizes come by in detection; the tables are cheap to make again
         _BASES[key] = basis
     return basis
+
+
+def _make_dft_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    steps = torch.arange(n, device="cpu")
+    # Integer phases modulo n keep the angles, and so the float32 table, exact to the last bit.
+    angle = (steps[: n // 2 + 1, None] * steps % n).double() * (2 * math.pi / n)
+    scale = (_multiplicity(n) / n).sqrt()[:, None]
+    return torch.cat([angle.cos() * scale, angle.sin() * scale]).to(dtype=dtype, device=device)
