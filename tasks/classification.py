@@ -52,8 +52,13 @@ class ClassificationTask:
             # A copy, because timm mixes in place and the batch is the caller's.
             inputs, targets = self.mixup(inputs.clone(), targets)  # targets -> (B, num_classes)
             smoothing = 0.0
+        outputs = model(inputs)
+        # A model with several heads (distilled DeiT) trains all of them on the labels.
+        heads = outputs if isinstance(outputs, tuple) else (outputs,)
         # float: the logarithm of half-precision probabilities is too coarse.
-        classification = F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
+        classification = sum(
+            F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) for logits in heads
+        ) / len(heads)
         auxiliary = _auxiliary_losses(model)
         return {
             "loss": sum(auxiliary.values(), start=classification),

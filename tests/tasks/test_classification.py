@@ -113,6 +113,17 @@ def test_auxiliary_losses_are_added_and_named():
         assert losses["loss"] == losses["loss_cls"] + 0.75
 
 
+def test_a_model_with_two_heads_trains_both_on_the_labels():
+    class TwoHeads(nn.Module):
+        def forward(self, x):
+            return first.expand(len(x), -1), second.expand(len(x), -1)
+
+    first, second = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])
+    loss = ClassificationTask(2).losses(TwoHeads(), batch([0, 0]))["loss"]
+    alone = [F.cross_entropy(head[None], torch.tensor([0])) for head in (first, second)]
+    torch.testing.assert_close(loss, sum(alone) / 2)
+
+
 def test_an_odd_batch_size_with_mixing_is_refused_before_training():
     with pytest.raises(ValueError, match=r"DATA.BATCH_SIZE=5 must be even"):
         build_task(config(batch_size=5, CUTMIX=1.0), 3)
