@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from utils.amp import Amp
-from utils.wrappers import broadcast_buffers, unwrap
+from utils.wrappers import broadcast_buffers, on_this_process, unwrap
 
 from .train import to_device
 
@@ -36,10 +35,7 @@ def evaluate(
         What `task.evaluator().compute()` returns; `task.metric` is one of the keys.
     """
     module = unwrap(model)
-    # Not through DDP, but compiled if it is.
-    runner = (
-        module if any(isinstance(m, DistributedDataParallel) for m in model.modules()) else model
-    )
+    runner = on_this_process(model)
     # Every module's own mode: a frozen batch norm must still be in eval mode afterwards.
     modes = [(part, part.training) for part in module.modules()]
     evaluator = task.evaluator()

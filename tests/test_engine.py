@@ -56,7 +56,7 @@ def test_modes_come_back_after_an_error():
     assert model.drop.training
 
 
-def test_wrappers_are_evaluated_as_the_bare_model():
+def test_a_parallel_model_is_evaluated_without_its_wrapper():
     model = Net()
     calls = []
 
@@ -66,6 +66,25 @@ def test_wrappers_are_evaluated_as_the_bare_model():
 
     assert score(Wrapped(model)) == score(model)
     assert not calls
+
+
+def test_a_compiled_model_is_evaluated_compiled():
+    calls = []
+
+    class Compiled(nn.Module):
+        """Holds the module under the name that torch.compile gives it."""
+
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod = model
+
+        def forward(self, x):
+            calls.append(x)
+            return self._orig_mod(x)
+
+    model = Net()
+    assert score(Compiled(model)) == score(model)
+    assert calls
 
 
 def test_half_precision_and_channels_last_agree_with_float32():

@@ -5,16 +5,23 @@ from torch import nn
 
 from .distributed import get_world_size
 
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of DDP and torch.compile wrappers in any order."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, _PARALLEL):
             model = model.module
         elif hasattr(model, "_orig_mod"):  # how torch.compile names the compiled module
             model = model._orig_mod
         else:
             return model
+
+
+def on_this_process(model: nn.Module) -> nn.Module:
+    """What computes the same without asking other processes: still compiled, but not parallel."""
+    return unwrap(model) if any(isinstance(m, _PARALLEL) for m in model.modules()) else model
 
 
 def broadcast_buffers(model: nn.Module) -> None:
