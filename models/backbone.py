@@ -124,6 +124,13 @@ class Backbone(nn.Module):
         """
         return {}
 
+    def dense_differences(self) -> tuple[str, ...]:
+        """Name prefixes that only one build has: with a classifier, or for dense tasks (0 classes).
+
+        Classification weights that start a dense model may lack, or have, these and no others.
+        """
+        return ()
+
     def counting(self) -> AbstractContextManager[None]:
         """While it is entered, `forward` runs the operations that papers count, whatever is faster here."""
         return nullcontext()

@@ -331,11 +331,19 @@ class DFvT(Backbone):
         self.head = new_classifier(self.num_features, num_classes).to(self.patch_embed.proj1.weight)
 
     def no_weight_decay(self) -> set[str]:
-        """Bias tables decay here, unlike in Swin."""
-        return set() if self.absolute_pos_embed is None else {"absolute_pos_embed"}
+        """Bias tables decay in classification, unlike in Swin; the detection recipe exempts them."""
+        names = set() if self.absolute_pos_embed is None else {"absolute_pos_embed"}
+        if self.dense:
+            names |= {n for n, _ in self.named_parameters() if n.endswith("_bias_table")}
+        return names
+
+    def dense_differences(self) -> tuple[str, ...]:
+        norms = [f"norm{i}" for i in range(len(self.layers))]
+        return ("norm", "head", "conv1x1layers", *norms)
 
     def lr_multipliers(self) -> dict[str, float]:
-        return {"convlayers": 2.0, "multiresolution_conv": 2.0}
+        """The convolution branch learns twice as fast, in classification only."""
+        return {} if self.dense else {"convlayers": 2.0, "multiresolution_conv": 2.0}
 
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         """As in Swin; the convolutions of a level have the depth of its first block."""

@@ -172,7 +172,7 @@ class DynamicGrained:
         for name, routing, size, extra in last.blocks:
             block = self.get_submodule(name)
             inputs = extra + size[0] * size[1]
-            queries = block.dge.num_queries(routing.gates, size, extra)
+            queries = block.dge.num_queries(routing.gates, size, extra).double()
             dynamic = dynamic + block.macs(inputs, queries, self.counted_products)
             every = torch.full_like(queries, inputs)
             static = static + block.macs(inputs, every, self.counted_products)

@@ -130,6 +130,10 @@ class DHVT(Backbone):
         # The head tokens' `attn.pos_embed` do decay, as in the published runs.
         return {"cls_token"}
 
+    def dense_differences(self) -> tuple[str, ...]:
+        last = f"blocks.{len(self.blocks) - 1}.mlp"
+        return ("head", f"{last}.compress", f"{last}.excitation")
+
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         return [("cls_token", "patch_embed"), *((f"blocks.{i}",) for i in range(len(self.blocks)))]
 

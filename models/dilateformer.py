@@ -203,7 +203,7 @@ class DilateFormer(Backbone):
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.head = new_classifier(self.num_features, num_classes)
+        self.head = new_classifier(self.num_features, num_classes).to(self.norm.weight)
 
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         prefixes: list[tuple[str, ...]] = [("patch_embed",)]

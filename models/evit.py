@@ -122,6 +122,7 @@ class EViT(VisionTransformer):
             mlp_ratio=mlp_ratio,
             qkv_bias=qkv_bias,
         )
+        self.drop_loc = set(drop_loc)
         self.final_rates = _rates_per_block(keep_rate, drop_loc, depth)
         self.fuse_token = fuse_token
         self.shrink_start_epoch, self.shrink_epochs = shrink_start_epoch, shrink_epochs
@@ -139,8 +140,8 @@ class EViT(VisionTransformer):
         """Keep another share of the patches from now on, without rebuilding.
 
         Args:
-            keep_rate: share for the blocks that were built to drop patches; 1 keeps everything, and
-                None returns to the share that they were built with.
+            keep_rate: share for the blocks of `drop_loc`; 1 keeps everything, and None returns to the
+                shares that they were built with.
             tokens: every block, whatever it was built for, keeps at most this many patches.
         """
         if keep_rate is not None and not 0 < keep_rate <= 1:
@@ -148,7 +149,8 @@ class EViT(VisionTransformer):
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens={tokens} must be at least 1")
         self.keep_rates = [
-            final if keep_rate is None or final == 1 else keep_rate for final in self.final_rates
+            final if keep_rate is None or block not in self.drop_loc else keep_rate
+            for block, final in enumerate(self.final_rates)
         ]
         self._tokens = tokens
 

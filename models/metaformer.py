@@ -247,6 +247,13 @@ class MetaFormer(Backbone):
             if hasattr(mixer, "init_"):
                 mixer.init_()
 
+    @property
+    def cost_depends_on_images(self) -> bool:
+        """Whether some stage asks grained queries."""
+        return any(
+            mixer.cost_depends_on_images for mixer in self.mixers() if isinstance(mixer, QueryMixer)
+        )
+
     def mixers(self) -> list[nn.Module]:
         """The token mixers of all blocks, from the stem to the head."""
         return [block.token_mixer for blocks in self.stages for block in blocks]
@@ -283,10 +290,14 @@ class MetaFormer(Backbone):
         if num_classes == 0:
             self.head = nn.Identity()
             return
+        like = next(self.parameters())
         if isinstance(self.norm, nn.Identity):
-            self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+            self.norm = nn.LayerNorm(self.num_features, eps=1e-6).to(like)
         self.head = self._make_head(self.num_features, num_classes, drop=self.drop_rate)
-        self.head.apply(_init_)
+        self.head.apply(_init_).to(like)
+
+    def dense_differences(self) -> tuple[str, ...]:
+        return ("norm", "head", *(f"norm{i}" for i in range(len(self.stages))))
 
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         prefixes: list[tuple[str, ...]] = [("downsample_layers.0",)]

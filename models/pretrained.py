@@ -149,7 +149,8 @@ def load_pretrained(
     report.missing = sorted(own.keys() - weights.keys() - fresh_head)
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
-    _refuse_misfits(report, misfits, allow_partial, "" if new_head else head_problem)
+    differences = model.dense_differences() if getattr(model, "num_classes", 1) == 0 else ()
+    _refuse_misfits(report, misfits, allow_partial, "" if new_head else head_problem, differences)
     # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
     model.load_state_dict({k: weights[k] for k in own.keys() & weights.keys()}, strict=False)
     _LOG.info("%s", report)
@@ -393,19 +394,26 @@ def _refuse_misfits(
     misfits: Mapping[str, str],
     allow_partial: bool,
     head_problem: str,
+    differences: Iterable[str] = (),
 ) -> None:
-    """ValueError that names everything that does not fit at once, unless it was asked for."""
+    """ValueError that names everything that does not fit at once, unless it was asked for.
+
+    Names under the prefixes `differences` may be on one side only.
+    """
     problems = []
     if misfits and not allow_partial:
         problems.append(f"other shapes: {_short(misfits.values())}")
-    missing = [name for name in report.missing if name not in misfits]
+    missing = [
+        name for name in report.missing if name not in misfits and not _is_under(name, differences)
+    ]
+    unexpected = [name for name in report.unexpected if not _is_under(name, differences)]
     if missing and not allow_partial:
         problems.append(f"missing {len(missing)}: {_short(missing)}")
-    if report.unexpected and not allow_partial:
-        problems.append(f"unexpected {len(report.unexpected)}: {_short(report.unexpected)}")
+    if unexpected and not allow_partial:
+        problems.append(f"unexpected {len(unexpected)}: {_short(unexpected)}")
         if missing:
-            close = nearest(report.unexpected[0], missing)[:3]
-            problems.append(f"is '{report.unexpected[0]}' meant to be one of {close}?")
+            close = nearest(unexpected[0], missing)[:3]
+            problems.append(f"is '{unexpected[0]}' meant to be one of {close}?")
     advice = ""
     if problems:
         advice = (

@@ -185,6 +185,9 @@ class PyramidTransformer(Backbone):
             self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
         self.head = new_classifier(self.num_features, num_classes).to(self.pos_embed1)
 
+    def dense_differences(self) -> tuple[str, ...]:
+        return ("norm", "head")
+
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         prefixes: list[tuple[str, ...]] = [("patch_embed1", "pos_embed1")]
         for stage in range(1, NUM_STAGES + 1):

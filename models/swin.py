@@ -239,6 +239,9 @@ class SwinBackbone(Backbone):
             return {}
         return {"absolute_pos_embed": (0, self.grid, "bicubic")}
 
+    def dense_differences(self) -> tuple[str, ...]:
+        return ("norm", "head", *(f"norm{i}" for i in range(len(self.layers))))
+
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         return stage_prefixes(self.layers)
 

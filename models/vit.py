@@ -169,9 +169,10 @@ class VisionTransformer(Backbone):
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.head = new_classifier(self.num_features, num_classes)
+        like = self.norm.weight
+        self.head = new_classifier(self.num_features, num_classes).to(like)
         if self.distilled:
-            self.head_dist = new_classifier(self.num_features, num_classes)
+            self.head_dist = new_classifier(self.num_features, num_classes).to(like)
 
     def no_weight_decay(self) -> set[str]:
         """Positions and class token. The published runs decay `dist_token`, and so do we."""

@@ -299,7 +299,8 @@ def test_no_step_between_log_lines_reads_from_the_device():
     """
 
     def reads(num_batches, log_every):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
             run(
                 Net(), digits(num_batches), clip_grad=1.0, log_every=log_every,
                 accumulation_steps=2, amp=Amp("cpu", "bf16"),

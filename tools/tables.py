@@ -84,7 +84,7 @@ def to_markdown(counts: dict[str, dict[str, Any]]) -> str:
         parts += [
             f"<details><summary><b>{folder}</b>: {_span(variants, counts)}</summary>",
             "",
-            *(_source(kind) for kind in sorted(set(types.values()))),
+            *dict.fromkeys(_source(kind) for kind in sorted(set(types.values()))),
             "",
             "| model | `MODEL.TYPE` | params M | GMACs | input |",
             "|---|---|---:|---:|---:|",

@@ -92,9 +92,10 @@ class GrainedQueries(nn.Module):
         return torch.cat([x[:, :extra], *levels], dim=1), Routing(logits, gates)
 
     def num_queries(self, gates: Tensor, size: Size, extra: int) -> Tensor:
-        """Gates (B, R, S) -> queries per image (B,), double and differentiable."""
+        """Gates (B, R, S) -> queries per image (B,), differentiable."""
         patches = self.layout(size, extra, gates.device).patches
-        return extra + (gates.double() * patches).sum((1, 2))
+        # Counts are small whole numbers, exact in float32, which every device has.
+        return extra + (gates.float() * patches).sum((1, 2))
 
     def spread_all(self, change: Tensor, gates: Tensor, size: Size) -> Tensor:
         """Changes (B, T, C) of all candidates -> (B, N, C), summed per token with the gates as weights."""
@@ -152,7 +153,7 @@ class Layout(NamedTuple):
     gate_of_candidate: Tensor  # (T - E,) into the flattened (R, S)
     region_of_token: Tensor  # (H*W,)
     cover: Tensor  # (S, H*W), the candidate that covers a token, extra tokens counted
-    patches: Tensor  # (R, S) double, patches of a region
+    patches: Tensor  # (R, S) float32, patches of a region
 
 
 def _layout(
@@ -183,8 +184,9 @@ def _make_layout(
         region_of.append(_coarser(cells, region // step, device))
         level_of.append(torch.full_like(region_of[-1], level))
         cover.append(start + _coarser(size, step, device))
-        counts = torch.zeros(num_regions, dtype=torch.float64, device=device)
-        patches.append(counts.index_add(0, region_of[-1], torch.ones_like(region_of[-1]).double()))
+        counts = torch.zeros(num_regions, device=device)
+        ones = torch.ones_like(region_of[-1], dtype=counts.dtype)
+        patches.append(counts.index_add(0, region_of[-1], ones))
         start = start + math.prod(cells)  # not in place: a tracer counts with tensors
     region_of_candidate, level_of_candidate = torch.cat(region_of), torch.cat(level_of)
     return Layout(

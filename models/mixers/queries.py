@@ -107,6 +107,7 @@ class GrainedMixer(QueryMixer):
     attention with the steps `q`, `keys_values` and `project`.
     """
 
+    cost_depends_on_images = True
     q: Callable[[Tensor], Tensor]
     keys_values: Callable[[Tensor, Size], tuple[Tensor, ...]]
     project: Callable[[Tensor], Tensor]

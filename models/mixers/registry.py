@@ -55,6 +55,8 @@ class QueryMixer(nn.Module):
     The feed-forward network must be token-wise. The rows may be some of the tokens or made from them.
     """
 
+    cost_depends_on_images = False  # as in `Backbone`
+
     def forward(self, x: Tensor, norm: Callable[[Tensor], Tensor], update: Update) -> Tensor:
         """Block input (B, H, W, C) -> block output (B, H, W, C).
 
@@ -108,6 +110,12 @@ def build_mixer(spec: str, dim: int, context: MixerContext) -> nn.Module:
     if unknown:
         raise ValueError(
             f"MODEL.METAFORMER.MIXERS: '{spec}': mixer '{name}' has no option {unknown}; it takes {keywords}"
+        )
+    fixed = sorted({"act", "grid", "stage", "index", "drop"} & set(options))
+    if fixed:
+        raise ValueError(
+            f"MODEL.METAFORMER.MIXERS: '{spec}': {fixed} follow from the frame, not from the mixer: set "
+            "MODEL.METAFORMER.ACT, DATA.IMG_SIZE or MODEL.DROP_RATE"
         )
     given = {key: value for key, value in vars(context).items() if key in keywords}
     return _FACTORIES[name](dim, **(given | options))

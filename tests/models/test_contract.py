@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from config import load_config
 from models import create_model, list_models, registry, variant_file
+from models.pretrained import load_pretrained
 from tests.golden_tools import FOLDER, fill_module_, is_constant, relative_error
 
 PARAMETERS: dict[str, int] = json.loads((FOLDER / "parameters.json").read_text())
@@ -245,6 +246,24 @@ def test_classifier_can_be_replaced_and_removed(model):
     model.reset_classifier(5)
     assert sorted(model.state_dict()) == sorted(names)
     assert model(images()).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_a_new_classifier_has_the_type_of_the_model(model):
+    model.double().reset_classifier(0)
+    model.reset_classifier(5)
+    assert model(images().double()).dtype == torch.float64
+
+
+def test_classification_weights_start_a_dense_backbone(shared, dense):
+    report = load_pretrained(dense, shared.state_dict())
+    assert report.loaded > 0.8 * len(dense.state_dict())
+    stray = [n for n in (*report.missing, *report.unexpected) if not is_under_differences(dense, n)]
+    assert not stray
+
+
+def is_under_differences(model, name):
+    return any(name == p or name.startswith(p + ".") for p in model.dense_differences())
 
 
 def test_recomputing_activations_changes_neither_loss_nor_gradients_nor_statistics(model):

@@ -289,3 +289,13 @@ def test_impossible_settings_are_refused(keywords, message):
 def test_impossible_rates_are_refused_at_run_time(keywords):
     with pytest.raises(ValueError, match=r"must be"):
         small().set_keep_rate(**keywords)
+
+
+def test_a_model_built_to_keep_all_patches_can_drop_them_later():
+    model = create_model("evit_tiny_r07_fuse", depth=2, embed_dim=48, drop_loc=[1], keep_rate=1.0)
+    assert not model.drops_tokens
+    model.set_keep_rate(0.5)
+    assert model.keep_rates == [1.0, 0.5]
+    assert model.drops_tokens
+    model.set_keep_rate()
+    assert not model.drops_tokens

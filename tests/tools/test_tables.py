@@ -14,13 +14,14 @@ PARAMETERS = json.loads((FOLDER / "parameters.json").read_text())
 
 def smallest_of_each_family():
     best = {}
-    for name in sorted(list_models(), key=lambda name: COUNTS.get(name, {}).get("macs", 0)):
+    for name in sorted(COUNTS, key=lambda name: COUNTS[name]["macs"]):
         best.setdefault(tables.family(name), name)
     return sorted(best.values())
 
 
-def test_every_variant_is_counted_and_nothing_else_is():
-    assert set(COUNTS) == set(list_models()), "run `python tools/tables.py --update`"
+def test_no_count_is_of_a_variant_that_is_gone():
+    """A variant that is not counted yet is no fault: adding an architecture takes two files."""
+    assert set(COUNTS) <= set(list_models()), "run `python tools/tables.py --update`"
 
 
 @pytest.mark.parametrize("name", smallest_of_each_family())
