@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto
 
-.PHONY: help demo test lint format tables install clean
+.PHONY: help demo test lint format tables bench install clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,6 +35,9 @@ format: $(INSTALLED) ## ruff's formatter and its safe fixes
 
 tables: $(INSTALLED) ## count all models again and write the README's table (minutes)
 	$(BIN)/python tools/tables.py --update
+
+bench: $(INSTALLED) ## time the families against their literal forms, within 30 minutes on 2 cores
+	$(BIN)/python benchmarks/run.py --minutes 25
 
 clean: ## remove the environment and caches, never a run's output
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

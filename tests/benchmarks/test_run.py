@@ -1,0 +1,248 @@
+"""Benchmarks: the literal yardstick computes the same as the model, and the clock is fair."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import run
+from benchmarks.literal import literal
+from models import create_model
+from utils.amp import Amp
+
+PYRAMID = dict(depths=[1, 2, 1, 1], img_size=64, num_classes=10)
+METAFORMER = dict(
+    embed_dims=[16, 16, 32, 32], depths=[2, 1, 1, 1], img_size=64, num_classes=10, head_dim=8
+)
+TINY = {
+    "deit": ("deit_tiny_patch16_224", dict(embed_dim=32, num_heads=2, depth=2, img_size=64)),
+    "evit": (
+        "evit_small_r07_fuse",
+        dict(embed_dim=32, num_heads=2, depth=4, drop_loc=[1, 2], img_size=96),
+    ),
+    "evit without fusion": (
+        "evit_small_r07_drop",
+        dict(embed_dim=32, num_heads=2, depth=4, drop_loc=[1, 2], img_size=96),
+    ),
+    "dhvt": ("dhvt_tiny_cifar_patch4", dict(embed_dim=32, num_heads=2, depth=2, img_size=32)),
+    "dilateformer": (
+        "dilateformer_tiny",
+        PYRAMID | dict(embed_dim=24, num_heads=[3, 6, 6, 6], img_size=60),
+    ),
+    "dfvt": (
+        "dfvt_tiny",
+        PYRAMID | dict(embed_dim=16, num_heads=[1, 2, 2, 2], window_size=3, img_size=128),
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        PYRAMID | dict(embed_dim=16, num_heads=[1, 2, 2, 2], window_size=3),
+    ),
+    "swinv2": (
+        "swinv2_tiny_patch4_window8_256",
+        PYRAMID | dict(embed_dim=16, num_heads=[1, 2, 2, 2], window_size=4),
+    ),
+    "pvt": (
+        "pvt_tiny_256",
+        PYRAMID | dict(embed_dims=[16, 16, 32, 32], num_heads=[1, 1, 2, 2]),
+    ),
+    "dfformer": ("dfformer_s18", METAFORMER),
+    "cdfformer": ("cdfformer_s18", METAFORMER),
+    "gfformer": ("gfformer_s18", METAFORMER),
+    "afno": ("dfformer_s18_afno", METAFORMER),
+    "mixed": (
+        "dfformer_s18",
+        METAFORMER
+        | dict(
+            mixers=["dilated", "shifted_window(window_size=3)", "spatial_reduction", "head_token"],
+            feed_forward="daff",
+        ),
+    ),
+}
+
+
+def tiny(family):
+    name, overrides = TINY[family]
+    model = create_model(name, **overrides)
+    with torch.no_grad():
+        # Fresh biases and batch statistics are 0 and 1 and would hide a forgotten term.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.ndim < 2:
+                tensor.add_(0.2 * torch.rand_like(tensor))
+        # And attention would be nearly uniform.
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model, torch.randn(2, 3, overrides["img_size"], overrides["img_size"])
+
+
+def logits_and_gradients(model, x):
+    y = model(x)
+    y.square().mean().backward()
+    return y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_literal_model_equals_the_model(family):
+    model, x = tiny(family)
+    twin = literal(model).eval()
+    changed = [m for m in twin.modules() if type(m).__name__.startswith("Literal")]
+    assert changed, "nothing was replaced"
+    y, gradients = logits_and_gradients(model.eval(), x)
+    same, others = logits_and_gradients(twin, x)
+    torch.testing.assert_close(same, y, rtol=1e-4, atol=1e-4)
+    assert gradients.keys() == others.keys()
+    total = torch.stack([g.norm() for g in gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= 1e-4 * total, name
+
+
+def test_the_literal_model_does_not_use_the_fused_kernels(monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("a fused kernel ran")
+
+    model, x = tiny("mixed")
+    twin = literal(model).eval()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", forbidden)
+    monkeypatch.setattr("models.layers.dilated.dilated_attention", forbidden)
+    twin(x)
+    with pytest.raises(AssertionError, match="a fused kernel ran"):
+        model.eval()(x)
+
+
+def test_the_model_itself_stays_as_it_was():
+    model, _ = tiny("mixed")
+    before = [type(m) for m in model.modules()]
+    literal(model)
+    assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (lambda: nn.Linear(1, 1), "Linear has no literal form; choose another baseline"),
+        (
+            lambda: create_model("dfformer_s18", **METAFORMER | dict(mixers=["point_sampled"] * 4)),
+            r"the mixers \['PointAttention'\] have no literal form",
+        ),
+    ],
+)
+def test_what_has_no_literal_form_is_refused(model, match):
+    with pytest.raises(ValueError, match=match):
+        literal(model())
+
+
+class Work(nn.Module):
+    """As much arithmetic as `repeats` says."""
+
+    def __init__(self, repeats):
+        super().__init__()
+        self.repeats = repeats
+        self.layer = nn.Linear(3 * 64 * 64, 64)
+
+    def forward(self, x):
+        return sum(self.layer(x.flatten(1)) for _ in range(self.repeats))
+
+
+def raced(first, second, monkeypatch):
+    monkeypatch.setattr(run, "TURN_S", 0.02)
+    setting = run.Setting(torch.device("cpu"), Amp("cpu", "float32"), 4, False)
+    rival = run.Contestant("rival", second, (64, 64), is_baseline=True)
+    model = run.Contestant("model", first, (64, 64), baseline=rival)
+    run.race([model, rival], run.MODES, setting, rounds=15, warmup=2, latency_passes=3)
+    return [run.figures(model, mode, 4) for mode in run.MODES]
+
+
+def test_a_model_against_itself_is_as_fast_as_itself(monkeypatch):
+    for row in raced(Work(4), Work(4), monkeypatch):
+        low, high = row["ratio_range"]
+        assert low <= 1.0 <= high
+        assert 0.5 < row["ratio"] < 2.0, row["mode"]  # wide: a test machine is busy
+
+
+def test_a_model_with_a_third_of_the_work_is_faster_and_smaller(monkeypatch):
+    inference, train = raced(Work(4), Work(12), monkeypatch)
+    assert inference["ratio"] > 1.2
+    assert train["ratio"] > 1.2
+
+
+def test_the_figures_are_those_of_the_clock():
+    rival = run.Contestant("rival", nn.Identity(), (1, 1), seconds={"train": [4.0, 6.0, 40.0]})
+    model = run.Contestant("m", nn.Identity(), (1, 1), rival, seconds={"train": [2.0, 2.0, 4.0]})
+    for contestant, memory in ((rival, 8.0), (model, 2.0)):
+        contestant.memory_mib["train"], contestant.passes["train"] = memory, 1
+    row = run.figures(model, "train", batch_size=8)
+    assert row["ratio"] == 3.0
+    assert row["ratio_quartiles"] == [2.5, 6.5]
+    assert row["ratio_range"] == [2.0, 10.0]
+    assert row["img_per_s"] == 4.0
+    assert row["memory_ratio"] == 0.25
+
+
+def test_peak_memory_counts_what_is_alive_together():
+    mib = torch.empty(2**18)  # of float32
+
+    def step():
+        kept = mib + 1
+        for _ in range(5):
+            kept.neg()  # each is freed before the next
+
+    assert run.peak_memory(step, torch.device("cpu")) == pytest.approx(2, abs=0.1)
+
+
+def test_a_grained_model_asks_the_share_of_queries_that_it_is_told():
+    model = create_model("deit_dge_s124_tiny_patch16_256", embed_dim=32, num_heads=2, depth=2)
+    run.fix_routing(model, 0.5)
+    images = torch.randn(8, 3, 256, 256)
+    with torch.no_grad():
+        model.eval()(images)
+    for index in range(2):
+        grain = model.token_maps()[f"grain::blocks.{index}.dge"]  # 0: 16 queries, 2: a single one
+        asked = (16.0 * (grain == 0) + (grain == 2)).mean() / 16
+        assert float(asked) == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("dfvt_tiny", 0.5), ("deit_dge_s124_tiny_patch16_256", 2)]
+)
+def test_a_share_that_makes_no_sense_is_refused(name, share):
+    with pytest.raises(ValueError, match=f"@{share}"):
+        run.fix_routing(create_model(name), share)
+
+
+def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "TURN_S", 0.01)
+    name = "dhvt_tiny_cifar_patch4"
+    result = run.main(
+        f"--models {name} {name}=self --batch-size 1 --rounds 3 --warmup 1 --latency-passes 2 "
+        f"--device cpu --output {tmp_path}".split()
+    )
+    assert json.loads((tmp_path / "cpu_float32_eager.json").read_text())["rows"] == result["rows"]
+    assert (tmp_path / "cpu_float32_eager.png").stat().st_size > 0
+    assert "estimated:" in capsys.readouterr().out
+    table = (tmp_path / "cpu_float32_eager.md").read_text()
+    assert f"| {name} | inference |" in table
+    assert {"cpu", "cores", "threads", "torch", "commit"} <= result["machine"].keys()
+    assert "torch.profiler" in result["run"]["peak_memory_kind"]
+    for row in result["rows"]:
+        assert row["peak_memory_mib"] > 0
+        if row["model"] == name:
+            assert row["max_logit_difference"] < 1e-4
+    assert {row["baseline"] for row in result["rows"] if "baseline" in row} == {
+        f"{name} (literal)",
+        f"{name} (self)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--models dfvt_smal", "did you mean"),
+        ("--models dpvt_tiny_256", "DPVT has no literal form"),
+        ("--rounds 0", "--rounds 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_said(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cpu", *arguments.split()])
+    assert message in capsys.readouterr().err
