@@ -79,6 +79,7 @@ def test_what_has_one_place_stays_there(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_private_modules_of_libraries_are_not_imported(path):
+    """Trap 3: installs break on torch._six, timm's moved modules and the like."""
     for name in imported(ast.parse(path.read_text())):
         parts = name.split(".")
         if parts[0] in ("timm", "torchvision", "torch"):

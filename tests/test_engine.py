@@ -101,6 +101,7 @@ def measure(model=None, **options):
 
 
 def test_throughput_reports_what_it_ran():
+    """Trap 15: figures cannot be compared without batch, precision, layout and device beside them."""
     model = Net().train()
     result = measure(
         model, image_size=(8, 12), warmup=2, iterations=3, repeats=4, channels_last=True
