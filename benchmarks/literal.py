@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models import dfvt, dhvt, dilateformer, evit, metaformer, pvt, swin, vit
 from models.layers import window as windows
 from models.layers.activations import StarReLU
-from models.layers.attention import Attention, merge_heads, split_heads
+from models.layers.attention import Attention, MapAttention, merge_heads, split_heads
 from models.layers.daff import DAFF
 from models.layers.dilated import DilatedAttention
 from models.layers.head_interaction import HIAttention
@@ -310,7 +310,7 @@ class BiasFreeNorm(nn.LayerNorm):
 # By exact class: what inherits its parent's `forward` or calls it must be named itself.
 FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     Attention: attention,
-    dilateformer.GlobalAttention: attention_on_map,
+    MapAttention: attention_on_map,
     attentions.GlobalAttention: attention_on_map,
     SpatialReductionAttention: reduced_attention,
     attentions.ReducedAttention: reduced_attention_on_map,

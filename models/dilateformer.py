@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .layers.attention import Attention
+from .layers.attention import MapAttention
 from .layers.dilated import DilatedAttention
 from .layers.init import drop_path_rates, init_vit_, new_classifier
 from .layers.mlp import Mlp
@@ -71,13 +71,6 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x if self.overlaps else pad_to_multiple(x, 2))
-
-
-class GlobalAttention(Attention):
-    """Self-attention over all positions: (B, H, W, C) -> (B, H, W, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
 class Block(nn.Module):
@@ -159,7 +152,7 @@ class DilateFormer(Backbone):
             dim, heads = dims[stage], num_heads[stage]
             if stage < 2:
                 return DilatedAttention(dim, heads, kernel_size, dilation, qkv_bias)
-            return GlobalAttention(dim, heads, qkv_bias)
+            return MapAttention(dim, heads, qkv_bias)
 
         self.patch_embed = ConvStem(in_chans, embed_dim, patch_way)
         self.stages = nn.ModuleList(

@@ -409,6 +409,13 @@ def test_an_architecture_is_added_by_two_files(tmp_path):
     assert state["progress"]["step"] == 2
 
 
+def test_info_of_weights_that_are_not_there_stops_before_any_work(capsys):
+    with pytest.raises(SystemExit):
+        run("--info", "--resume", "nowhere.pth")
+    assert "nowhere.pth does not exist" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_info_of_a_routed_model_is_the_mean_over_images():
     """DGE asks as many queries as its routers choose, image by image."""
     cfg = str(CONFIG_DIR / "dge" / "deit_dge_s124_tiny_patch16_256.yaml")

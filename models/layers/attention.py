@@ -39,6 +39,13 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(merge_heads(x)))
 
 
+class MapAttention(Attention):
+    """Self-attention over all positions of a map: (B, H, W, C) -> (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+
+
 def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
     """(B, N, parts * C) -> `parts` tensors (B, heads, N, C / heads); channels part by part."""
     x = x.unflatten(-1, (parts, num_heads, -1))  # B N parts h d

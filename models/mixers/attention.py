@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..layers.attention import Attention
+from ..layers.attention import MapAttention
 from ..layers.dilated import DilatedAttention
 from ..layers.head_interaction import HIAttention
 from ..layers.point_sampling import PointSampledAttention
@@ -17,8 +17,8 @@ from .registry import register_mixer
 SPLITS, BUDGET, BUDGET_WEIGHT = (4, 2, 1), 0.5, 1.0
 
 
-class GlobalAttention(Attention):
-    """Multi-head self-attention over all positions, (B, H, W, C) -> (B, H, W, C)."""
+class GlobalAttention(MapAttention):
+    """`MapAttention` with the names of the lab's options."""
 
     def __init__(
         self,
@@ -30,9 +30,6 @@ class GlobalAttention(Attention):
         drop: float = 0.0,
     ):
         super().__init__(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
 @register_mixer("global")
