@@ -435,8 +435,8 @@ def _duration(seconds: float) -> str:
 def check(config: CfgNode, runtime: Runtime) -> None:
     """Stop a run that cannot succeed before it writes anything.
 
-    The model is built without memory behind it; no image and no weights are read, and the training
-    images, which take long to list, are left to the run.
+    The model is built without memory behind it; no image and no weights are read, and the images of
+    folders, which take long to list, are left to the run.
 
     Raises:
         ValueError: keys that the data, the task, the model or the optimizer refuse, or missing weights.

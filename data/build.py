@@ -140,10 +140,11 @@ def check_data(config: Any, splits: Sequence[str] = ("train", "val")) -> int:
     """What can be wrong with the data's keys and files before an image is read -> number of classes.
 
     Raises:
-        ValueError, FileNotFoundError: as in `build_data`, whose checks of the training files are its own.
+        ValueError, FileNotFoundError: as in `build_data`; that files can be read is found out there.
     """
     for split in splits:
         build_transform(config, split == "train")
+        build_dataset(config, split)
     return dataset_num_classes(config)
 
 

@@ -38,7 +38,8 @@ def build_model(config: Any, **overrides: Any) -> Backbone:
         overrides: constructor keywords that replace config values, such as `num_classes`.
 
     Raises:
-        ValueError: MODEL.TYPE is unknown, or a keyword is not one of its constructor's.
+        ValueError: MODEL.TYPE is unknown, a keyword is not one of its constructor's, or the
+            constructor refuses a value.
     """
     entry = registry.find(config.MODEL.TYPE)
     node = config.MODEL[entry.node]
@@ -52,10 +53,17 @@ def build_model(config: Any, **overrides: Any) -> Backbone:
     )
     unknown = sorted(set(overrides) - set(keywords))
     if unknown:
+        close = sorted({match for word in unknown for match in nearest(word, keywords)})
         raise ValueError(
-            f"{entry.cls.__name__} has no argument {unknown}; it takes {sorted(keywords)}"
+            f"{entry.cls.__name__} has no argument {unknown}; did you mean one of {close}?"
         )
-    return entry.cls(**(keywords | overrides))
+    try:
+        return entry.cls(**(keywords | overrides))
+    except ValueError as error:
+        if str(error).startswith("MODEL."):
+            raise
+        # Layers speak of their own arguments; the user set a key.
+        raise ValueError(f"MODEL.{entry.node}: {error}") from error
 
 
 def create_model(name: str, **overrides: Any) -> Backbone:

@@ -1,6 +1,6 @@
 """DFvT: a window-attention path at half resolution, fused in every block with a convolution path.
 
-Paper:      Doubly-Fused ViT (DFvT), ECCV 2022, Sec. 3
+Paper:      Doubly-Fused ViT (DFvT), ECCV 2022, doi:10.1007/978-3-031-20050-2_43, Sec. 3
 Reference:  DFvT @ d49f2f1, models/DFvT.py; its Object-Detection branch for `num_classes=0`
 Deviations: any input size; `patch_norm=False` leaves out the norms of the stem (the reference fails);
             upsampled maps of odd levels are cropped (the reference pads H by what W lacks).

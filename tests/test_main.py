@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import main as program
 from models import CONFIG_DIR
@@ -283,7 +284,7 @@ def test_throughput_and_info_need_no_data():
         (["--batch-size", "7"], "DATA.BATCH_SIZE=7 must be even"),
         (["--optim", "adamww"], "did you mean one of ['adamw'"),
         (["--opts", "DATA.DATASET", "imagnet"], "did you mean one of ['imagenet'"),
-        (["--opts", "DATA.DATASET", "imagenet"], "val does not exist; DATA.DATA_PATH"),
+        (["--opts", "DATA.DATASET", "imagenet"], "train does not exist; DATA.DATA_PATH"),
         (["--opts", "DATA.MEAN", "[0.5, 0.5]"], "DATA.MEAN=[0.5, 0.5]"),
         (["--opts", "AUG.AUTO_AUGMENT", "rnd-m9"], "AUG.AUTO_AUGMENT='rnd-m9'"),
         (["--opts", "TRAIN.OPTIMIZER.BETAS", "[0.9, 0.9, 0.9]"], "OPTIMIZER.BETAS"),
@@ -298,6 +299,16 @@ def test_mistakes_on_the_command_line_stop_before_any_work(args, message, capsys
         run(*args)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_training_images_that_are_missing_stop_the_run_before_any_work(tmp_path, capsys):
+    image = tmp_path / "data" / "val" / "cat" / "1.png"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(image)
+    with pytest.raises(SystemExit):
+        run("--data-path", str(tmp_path / "data"), "--opts", "DATA.DATASET", "imagenet")
+    assert "train does not exist; DATA.DATA_PATH" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

@@ -30,6 +30,8 @@ COUNTS = ROOT / "tests" / "golden" / "complexity.json"
 README = ROOT / "README.md"
 START, END = "<!-- models -->", "<!-- /models -->"
 
+RESOLVERS = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
+
 NOTE = """GMACs are multiply-adds of one image at the input size, in matrix products and convolutions; Fourier
 transforms are left out, as in the papers. Grained queries (dge) are counted with all of them asked, which is
 where training starts.
@@ -108,12 +110,14 @@ def _span(names: list[str], counts: dict[str, dict[str, Any]]) -> str:
     return f"{len(names)} variant{'s' * (len(names) > 1)}, {span} M parameters"
 
 
-def _source(kind: str) -> str:
+def _source(architecture: str) -> str:
     """Where an architecture is, what it is, and its papers, from its module's docstring."""
-    module = inspect.getmodule(registry.find(kind).cls)
+    module = inspect.getmodule(registry.find(architecture).cls)
     text = inspect.getdoc(module) or ""
-    papers = dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{4,5})", text))
-    links = ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    papers = dict.fromkeys(
+        re.findall(r"(arXiv|doi):(\d{4}\.\d{4,5}|10\.\d{4,9}/[\w./()-]+\w)", text)
+    )
+    links = ", ".join(f"[{kind}:{paper}]({RESOLVERS[kind]}{paper})" for kind, paper in papers)
     path = Path(inspect.getsourcefile(module)).relative_to(ROOT)
     return f"- `{path}`: {text.splitlines()[0]} {links}".rstrip()
 

@@ -1,5 +1,6 @@
 """Any folder of images, one sub-folder per class; or Swin's two zip files of the same images."""
 
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -22,23 +23,27 @@ def imagenet(root: str, split: str, *, zip_mode: bool = False) -> ImageDataset:
 
 
 class FolderImages(ImageDataset):
-    """One folder per class, numbered in alphabetical order.
+    """One folder per class, numbered in alphabetical order; images are listed when they are asked for.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a class has no image.
+        FileNotFoundError: there is no such folder; at the first use: a class has no image.
         ValueError: the other split is there too, and has other classes.
     """
 
     def __init__(self, root: Path, split: str) -> None:
         if not (root / split).is_dir():
             missing(root / split, LAYOUT)
-        self._folder = _Folder(root / split, loader=_load)
-        self.classes = self._folder.classes
+        self._root = root / split
+        self.classes = class_folders(self._root)
         other = root / ("val" if split == "train" else "train")
         if other.is_dir():
-            names = self._folder.find_classes(other)[0]
+            names = class_folders(other)
             train, val = (self.classes, names) if split == "train" else (names, self.classes)
             check_same_classes(train, val, str(root))
+
+    @cached_property
+    def _folder(self) -> ImageFolder:
+        return _Folder(self._root, loader=_load)
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -52,17 +57,22 @@ class FolderImages(ImageDataset):
 
 class _Folder(ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Sub-folders without the hidden ones, which editors leave (`.ipynb_checkpoints`)."""
-        names = sorted(
-            entry.name
-            for entry in Path(directory).iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not names:
-            raise FileNotFoundError(
-                f"{directory} has no class folders; DATA.DATA_PATH must hold {LAYOUT}"
-            )
+        names = class_folders(Path(directory))
         return names, {name: label for label, name in enumerate(names)}
+
+
+def class_folders(directory: Path) -> list[str]:
+    """Sub-folders without the hidden ones, which editors leave (`.ipynb_checkpoints`), sorted."""
+    names = sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not names:
+        raise FileNotFoundError(
+            f"{directory} has no class folders; DATA.DATA_PATH must hold {LAYOUT}"
+        )
+    return names
 
 
 def _load(path: str) -> Image.Image:

@@ -52,6 +52,19 @@ def test_daff_equals_its_definition(training):
     assert relative_error(torch.cat([cls, y.flatten(1, 2)], dim=1), expected.detach()) < 1e-5
 
 
+def test_attention_dropout_keeps_the_mean_and_is_off_in_evaluation():
+    plain = fill_module_(DHVT(**TINY, drop_path_rate=0.0)).blocks[0].attn
+    model = fill_module_(DHVT(**TINY, drop_path_rate=0.0, attn_drop_rate=0.5))
+    dropped = model.blocks[0].attn
+    x, cls = torch.randn(1, 12, 32), torch.randn(1, 1, 32)
+    with torch.no_grad():
+        assert torch.equal(dropped.eval()(x, cls)[0], plain.eval()(x, cls)[0])
+        expected = plain(x, cls)[0]
+        draws = dropped.train()(x.expand(4000, -1, -1), cls.expand(4000, -1, -1))[0]
+    assert draws.std(0).max() > 0.01
+    assert (draws.mean(0) - expected[0]).abs().max() < 6 * draws.std(0).max() / 4000**0.5
+
+
 def test_daff_updates_its_statistics_in_training_and_uses_them_in_evaluation():
     mlp = fill_module_(DAFF(8, class_gate=False))
     before = mlp.bn2.running_mean.clone()

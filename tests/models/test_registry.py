@@ -77,6 +77,20 @@ def test_an_unknown_variant_names_the_nearest_one():
         create_model("dhvt_tiny_cifar_patch5")
 
 
-def test_an_unknown_keyword_names_those_that_exist():
-    with pytest.raises(ValueError, match=r"no argument \['emb_dim'\]; it takes .*'embed_dim'"):
+def test_an_unknown_keyword_names_the_nearest_ones():
+    with pytest.raises(ValueError, match=r"no argument \['emb_dim'\]; did you mean .*'embed_dim'"):
         create_model("dhvt_tiny_cifar_patch4", emb_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("variant", "node"),
+    [
+        ("dhvt_tiny_cifar_patch4", "DHVT"),
+        ("pvt_tiny_256", "PVT"),
+        ("dilateformer_tiny", "DILATEFORMER"),
+    ],
+)
+def test_what_a_layer_refuses_is_said_of_the_config_node(variant, node):
+    heads = 5 if node == "DHVT" else [5, 5, 5, 5]
+    with pytest.raises(ValueError, match=rf"^MODEL\.{node}: .*num_heads"):
+        create_model(variant, num_heads=heads)

@@ -6,10 +6,13 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import DropPath
+from torch import nn
 
 import models
 from models import CONFIG_DIR, create_model, list_models, registry
 from models.timm_registry import register_in_timm
+from tests.golden_tools import SkipInit
 
 
 def test_every_variant_is_registered_under_its_own_name_or_beside_timms():
@@ -44,6 +47,42 @@ def test_keywords_reach_the_constructor():
     assert str(model) == str(expected)
     assert "drop_prob=0.300" in str(model)
     assert model(torch.randn(1, 1, 96, 96)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_variant_honours_the_shared_keywords(name):
+    with torch.device("meta"), SkipInit():
+        model = timm.create_model(
+            f"mixlab_{name}",
+            num_classes=7,
+            in_chans=1,
+            img_size=96,
+            drop_rate=0.2,
+            drop_path_rate=0.3,
+        )
+    modules = list(model.modules())
+    first = next(p for p in model.parameters() if p.ndim == 4)
+    assert first.shape[1] == 1
+    assert model.get_classifier() is not None
+    assert model.num_classes == 7
+    rates = [module.drop_prob for module in modules if isinstance(module, DropPath)]
+    assert max(rates) == pytest.approx(0.3)
+    assert any(isinstance(module, nn.Dropout) and module.p == 0.2 for module in modules)
+    assert model.pretrained_cfg["input_size"] == (1, 96, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "shape"),
+    [
+        ("deit_tiny_patch16_224", "pos_embed", (1, 37, 192)),
+        ("pvt_tiny_256", "pos_embed1", (1, 576, 64)),
+        ("dfformer_s18", "stages.0.0.token_mixer.complex_weights", (24, 13, 4, 2)),
+    ],
+)
+def test_tables_have_the_size_of_the_images(name, table, shape):
+    with torch.device("meta"), SkipInit():
+        model = timm.create_model(f"mixlab_{name}", img_size=96)
+    assert tuple(model.state_dict()[table].shape) == shape
 
 
 def test_timms_programs_read_size_mean_and_classes():
