@@ -1,0 +1,60 @@
+"""Triton's compiler takes every kernel, for a Hopper GPU that need not be there: the interpreter is lax."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from models.layers.kernels import dilated, quads, ragged
+from tests.models.layers.kernels.tools import INTERPRETED
+
+MODULES = dict(dilated=dilated, quads=quads, ragged=ragged)
+ATTENTION = dict(HEADS=3, HEAD_DIM=24, D=32)
+DILATED = ATTENTION | dict(KERNEL=3, DILATION=(1, 2, 3))
+QUADS = dict(C=128, K=4, TILE_F=16, TILE_C=128)
+RAGGED = ATTENTION | dict(BATCH=4, PRECISION="tf32x3")
+KERNELS = [
+    ("dilated._forward_kernel", "bf16", DILATED | dict(KEEP=True)),
+    ("dilated._grad_query_kernel", "bf16", DILATED),
+    ("dilated._grad_key_value_kernel", "bf16", DILATED),
+    ("quads._forward_kernel", "fp32", QUADS | dict(ROUTED=True)),
+    ("quads._forward_kernel", "fp32", QUADS | dict(ROUTED=False)),
+    ("quads._backward_kernel", "fp32", QUADS),
+    ("quads._routed_backward_kernel", "fp32", QUADS),
+    ("ragged._forward_kernel", "bf16", RAGGED),
+    ("ragged._forward_kernel", "fp32", RAGGED),
+    ("ragged._grad_query_kernel", "bf16", RAGGED),
+    ("ragged._grad_key_value_kernel", "bf16", RAGGED),
+]
+# Tensors that are not of the type of the input, and numbers that are not whole.
+TYPES = dict.fromkeys(
+    ["log_sum", "delta", "table", "routing", "table_parts", "routing_parts"], "*fp32"
+) | dict(offsets="*i32", scale="fp32")
+WHOLE = {"batch", "height", "width", "rows", "columns", "num_rows", "num_keys"}
+
+
+def argument_type(name, dtype):
+    whole = name in WHOLE or name.endswith(("_image", "_head", "_row"))
+    return TYPES.get(name, "i32" if whole else f"*{dtype}")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize(("name", "dtype", "constants"), KERNELS)
+def test_kernels_compile_for_hopper(name, dtype, constants, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module, attribute = name.split(".")
+    kernel = getattr(MODULES[module], attribute)
+    options = dict(num_warps=8)
+    if isinstance(kernel, triton.runtime.Autotuner):
+        choice, kernel = kernel.configs[0], kernel.fn
+        constants, options = constants | choice.kwargs, dict(num_warps=choice.num_warps)
+    signature = {
+        name: "constexpr" if name in constants else argument_type(name, dtype)
+        for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.asm["cubin"]
