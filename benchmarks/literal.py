@@ -3,7 +3,7 @@
 `literal(model)` copies a model and replaces what MixLab computes in another way than its paper states it:
 softmax attention with the whole matrix of logits, windows with a bias looked up and a mask added at each
 call, dilated windows by unfolding keys and values, a complex filter for every image, position and channel,
-convolutions in the default layout with batch norms of their own. Everything else (MLPs, layout between
+convolutions in the default layout with batch norms of their own. Everything else (layout between
 blocks) stays as it is, so that a ratio is the gain of the fast paths alone.
 
 The loops over pixels in tests/reference say the same in the slowest way; they are for proofs, not for clocks.
@@ -27,6 +27,8 @@ from models.layers.attention import Attention, MapAttention, merge_heads, split_
 from models.layers.daff import DAFF
 from models.layers.dilated import DilatedAttention
 from models.layers.head_interaction import HIAttention
+from models.layers.linear import Linear
+from models.layers.mlp import Mlp
 from models.layers.precision import without_autocast
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.layers.tokens import pad_to_multiple, to_map, to_tokens
@@ -269,6 +271,16 @@ def star_relu(act: StarReLU, x: Tensor) -> Tensor:
     return act.scale.to(x.dtype) * F.relu(x) ** 2 + act.bias.to(x.dtype)
 
 
+def linear(layer: Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def mlp(module: Mlp, x: Tensor) -> Tensor:
+    """All tokens at once."""
+    x = module.drop(module.act(module.fc1(x)))
+    return module.drop(module.fc2(x))
+
+
 def daff(module: DAFF, x: Tensor) -> Tensor:
     """DHVT's feed-forward network: three convolutions, each with a batch norm of its own."""
     x = x.permute(0, 3, 1, 2)
@@ -311,7 +323,6 @@ class BiasFreeNorm(nn.LayerNorm):
 FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     Attention: attention,
     MapAttention: attention_on_map,
-    attentions.GlobalAttention: attention_on_map,
     SpatialReductionAttention: reduced_attention,
     attentions.ReducedAttention: reduced_attention_on_map,
     HIAttention: head_interaction,
@@ -328,6 +339,8 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     filters.GlobalFilter: global_filter,
     filters.AFNO: afno,
     StarReLU: star_relu,
+    Linear: linear,
+    Mlp: mlp,
     DAFF: daff,
     metaformer.MapDAFF: dropped_daff,
     dilateformer.ConvStem: conv_stem,

@@ -1,12 +1,26 @@
 """Activations, by name, and the two squared ones of the MetaFormer line."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .eager import eager_on_cpu
+
+# Consecutive values that stay in the caches from one pass to the next, 1 MiB of float32.
+_PIECE = 2**18
 
 
 class StarReLU(nn.Module):
-    """s * relu(x)^2 + b, s and b learned scalars (MetaFormer baselines, arXiv:2210.13452, Sec. 2.3)."""
+    """s * relu(x)^2 + b, s and b learned scalars (MetaFormer baselines, arXiv:2210.13452, Sec. 2.3).
+
+    Attributes:
+        inplace: without gradients it may overwrite its input; see `made_inplace`.
+    """
+
+    inplace = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -16,7 +30,51 @@ class StarReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Both scalars in the input's type: under autocast float32 ones would widen the whole map.
         scale, bias = self.scale.to(x.dtype), self.bias.to(x.dtype)
-        return torch.addcmul(bias, F.relu(x).square(), scale)
+        if not eager_on_cpu(x) or x.dtype not in (torch.float32, torch.float64):
+            return torch.addcmul(bias, F.relu(x).square(), scale)
+        if torch.is_grad_enabled():
+            return _StarReLU.apply(x, scale, bias)
+        y = F.relu(x, inplace=self.inplace)
+        return torch.addcmul(bias, y, y, value=scale.item(), out=y)
+
+
+class _StarReLU(torch.autograd.Function):
+    """The same on a CPU in pieces that stay in its caches; keeps relu(x) only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        x = x.contiguous()
+        rectified, y = torch.empty_like(x), torch.empty_like(x)
+        for x_part, part, y_part in zip(*map(_pieces, (x, rectified, y)), strict=True):
+            torch.clamp_min(x_part, 0, out=part)
+            torch.addcmul(bias, part, part, value=scale.item(), out=y_part)
+        ctx.save_for_backward(rectified, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rectified, scale = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(grad)
+        grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(scale)
+        for part, of_y, of_x in zip(*map(_pieces, (rectified, grad, grad_x)), strict=True):
+            torch.mul(of_y, part, out=of_x)
+            grad_scale += of_x.dot(part)
+            grad_bias += of_y.sum()
+            of_x.mul_(2 * scale.item())
+        return grad_x, grad_scale, grad_bias
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    return x.view(-1).split(_PIECE)
+
+
+def made_inplace(act: nn.Module) -> nn.Module:
+    """`act`, which from now on may overwrite its input where no gradient is needed; for the layer's owner."""
+    if isinstance(act, StarReLU):
+        act.inplace = True
+    return act
 
 
 class SquaredReLU(nn.Module):

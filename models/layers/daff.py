@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import hidden_width
+from .linear import linear
+
 
 class DAFF(nn.Module):
     """Inverted bottleneck with a depthwise convolution, whose pooled output re-weights the class token.
@@ -13,19 +16,28 @@ class DAFF(nn.Module):
 
     Args:
         ratio: hidden width int(C * ratio).
+        act: after the first two convolutions and in the squeeze of a class token; one module for all.
         class_gate: with the squeeze and excitation of a class token; without one it has no use.
     """
 
-    def __init__(self, dim: int, ratio: float = 4.0, class_gate: bool = True):
+    conv_norm_pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: float = 4.0,
+        act: type[nn.Module] = nn.GELU,
+        class_gate: bool = True,
+    ):
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = hidden_width(dim, ratio, "mlp_ratio")
         self.conv1 = nn.Conv2d(dim, hidden, 1)
         self.bn1 = nn.BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, dim, 1)
         self.bn3 = nn.BatchNorm2d(dim)
-        self.act = nn.GELU()
+        self.act = act()
         self.set_class_gate(class_gate)
 
     def set_class_gate(self, enable: bool) -> None:
@@ -48,18 +60,18 @@ class DAFF(nn.Module):
         return cls * weights[:, None]
 
 
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Convolution and batch norm of a map (B, H, W, C); one operation where the norm is constant."""
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Convolution and batch norm (or none) of a map (B, H, W, C); one operation in evaluation."""
     weight, bias = conv.weight, conv.bias
-    if not norm.training:
+    if norm.training:
+        x = norm(conv(x.permute(0, 3, 1, 2)))
+        return x.permute(0, 2, 3, 1)
+    if not isinstance(norm, nn.Identity):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = weight * scale[:, None, None, None]
         bias = (bias - norm.running_mean) * scale + norm.bias
     if conv.kernel_size == (1, 1):
-        x = F.linear(x, weight[:, :, 0, 0], bias)
-        x = norm(x.permute(0, 3, 1, 2)) if norm.training else x.permute(0, 3, 1, 2)
-    else:
-        # As a permuted view the map is in channels_last format: nothing is copied.
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
-        x = norm(x) if norm.training else x
+        return linear(x, weight[:, :, 0, 0], bias)
+    # As a permuted view the map is in channels_last format: nothing is copied.
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
     return x.permute(0, 2, 3, 1)

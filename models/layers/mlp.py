@@ -2,9 +2,17 @@
 
 from torch import Tensor, nn
 
+from .activations import made_inplace
+from .checks import hidden_width
+from .eager import PIECE, can_split, in_pieces
+from .linear import Linear
+
 
 class Mlp(nn.Module):
     """Linear, activation, Linear over the last dimension (ViT, arXiv:2010.11929, Sec. 3.1).
+
+    In evaluation without gradients, eager on a CPU, large inputs go through it in pieces; hooks on its
+    layers see those.
 
     Shapes: (..., C) -> (..., C), or (..., out_dim) if that is given; hidden width int(C * ratio).
     """
@@ -19,12 +27,19 @@ class Mlp(nn.Module):
         out_dim: int | None = None,
     ):
         super().__init__()
-        hidden = int(dim * ratio)
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.act = act()
-        self.fc2 = nn.Linear(hidden, dim if out_dim is None else out_dim, bias=bias)
+        hidden = hidden_width(dim, ratio, "mlp_ratio")
+        self.fc1 = Linear(dim, hidden, bias=bias)
+        self.act = made_inplace(act())
+        self.fc2 = Linear(hidden, dim if out_dim is None else out_dim, bias=bias)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or not can_split(self, x):
+            return self._layers(x)
+        # Two maps as wide as the hidden one, or one where the activation works in place.
+        y = in_pieces(self._layers, x.flatten(0, -2), 2 * PIECE // self.fc1.out_features)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _layers(self, x: Tensor) -> Tensor:
         x = self.drop(self.act(self.fc1(x)))
         return self.drop(self.fc2(x))

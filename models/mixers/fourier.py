@@ -9,8 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..layers.activations import StarReLU
-from ..layers.fourier import fourier_filter, spectral_mlp
+from ..layers.activations import StarReLU, made_inplace
+from ..layers.checks import hidden_width
+from ..layers.eager import PIECE, can_split, in_pieces
+from ..layers.fourier import fourier_filter, quad_table, spectral_mlp
+from ..layers.linear import Linear
 from ..layers.mlp import Mlp
 from ..layers.resize import resize_complex_filter
 from ..layers.table_cache import TableCache
@@ -21,20 +24,26 @@ class _SpectralMixer(nn.Module):
     """Linear C -> M, activation, something in the Fourier domain, Linear M -> C; no biases.
 
     Attributes:
-        fourier: "fft" or "matmul", see `layers/fourier.py`.
+        fourier: "auto", "fft" or "matmul", see `layers/fourier.py`.
     """
 
-    fourier = "fft"
+    fourier = "auto"
 
     def __init__(self, dim: int, act: type[nn.Module], drop: float, expansion: float):
         super().__init__()
-        self.hidden_dim = int(expansion * dim)
-        self.pwconv1 = nn.Linear(dim, self.hidden_dim, bias=False)
-        self.act1 = act()
-        self.pwconv2 = nn.Linear(self.hidden_dim, dim, bias=False)
+        self.hidden_dim = hidden_width(dim, expansion, "expansion")
+        self.pwconv1 = Linear(dim, self.hidden_dim, bias=False)
+        self.act1 = made_inplace(act())
+        self.pwconv2 = Linear(self.hidden_dim, dim, bias=False)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not can_split(self, x):
+            return self.mix(x)
+        return in_pieces(self.mix, x, PIECE // (x.shape[1] * x.shape[2] * self.hidden_dim))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """`forward` for all images at once."""
         y = self.spectral(self.act1(self.pwconv1(x)), x)
         return self.drop(self.pwconv2(y.to(x.dtype)))
 
@@ -68,6 +77,18 @@ class _FilterMixer(_SpectralMixer):
         resize = partial(resize_complex_filter, new=size)
         return self._resized.get("complex_weights", self.complex_weights, size, resize)
 
+    def filtered(self, y: Tensor, routing: Tensor | None = None) -> Tensor:
+        """The map (B, H, W, M) through the filters, with their bank weighted by `routing` (B, K, M)."""
+
+        filters = self.filters(y)
+
+        def table() -> Tensor:
+            size = (filters.shape[0], filters.shape[1])
+            weights = self.complex_weights
+            return self._resized.get("quads", weights, size, lambda _: quad_table(filters))
+
+        return fourier_filter(y, filters, routing, self.fourier, table)
+
     def train(self, mode: bool = True) -> "_FilterMixer":
         self._resized.clear()
         return super().train(mode)
@@ -97,7 +118,10 @@ class DynamicFilter(_FilterMixer):
         act: type[nn.Module] = StarReLU,
         drop: float = 0.0,
     ):
+        if num_filters < 1:
+            raise ValueError(f"num_filters={num_filters} must be at least 1")
         super().__init__(dim, grid, num_filters, act, drop, expansion)
+        hidden_width(dim, reweight_ratio, "reweight_ratio")
         # StarReLU whatever `act` is: the published ablations of the activation keep it here.
         self.reweight = Mlp(
             dim, reweight_ratio, act=StarReLU, bias=False, out_dim=num_filters * self.hidden_dim
@@ -105,7 +129,7 @@ class DynamicFilter(_FilterMixer):
 
     def spectral(self, y: Tensor, x: Tensor) -> Tensor:
         routing = self.reweight(x.mean(dim=(1, 2))).unflatten(1, (-1, self.hidden_dim))
-        return fourier_filter(y, self.filters(y), routing.softmax(dim=1), self.fourier)
+        return self.filtered(y, routing.softmax(dim=1))
 
 
 @register_mixer("global_filter")
@@ -124,7 +148,7 @@ class GlobalFilter(_FilterMixer):
         super().__init__(dim, grid, None, act, drop, expansion)
 
     def spectral(self, y: Tensor, x: Tensor) -> Tensor:
-        return fourier_filter(y, self.filters(y), way=self.fourier)
+        return self.filtered(y)
 
 
 @register_mixer("afno")
@@ -147,11 +171,13 @@ class AFNO(_SpectralMixer):
         drop: float = 0.0,
     ):
         super().__init__(dim, act, drop, expansion)
-        if self.hidden_dim % num_blocks:
+        if num_blocks < 1 or self.hidden_dim % num_blocks:
             raise ValueError(
-                f"afno: width {self.hidden_dim} (= expansion * {dim}) is not a multiple of "
-                f"num_blocks {num_blocks}"
+                f"num_blocks={num_blocks} must be a positive divisor of the width {self.hidden_dim} "
+                f"(= expansion * {dim})"
             )
+        if shrink < 0:
+            raise ValueError(f"shrink={shrink} must be 0 or more; 0 shrinks nothing")
         self.shrink = shrink
         width = self.hidden_dim // num_blocks
         self.w1 = nn.Parameter(torch.randn(2, num_blocks, width, width) * 0.02)

@@ -6,64 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import run
+from benchmarks import measure, run
+from benchmarks.contestants import Contestant, Setting, enter, fix_routing
 from benchmarks.literal import literal
+from benchmarks.report import bounds, figures
 from models import create_model
+from tests.small_models import METAFORMER, SMALL
 from utils.amp import Amp
 
-PYRAMID = dict(depths=[1, 2, 1, 1], img_size=64, num_classes=10)
-METAFORMER = dict(
-    embed_dims=[16, 16, 32, 32], depths=[2, 1, 1, 1], img_size=64, num_classes=10, head_dim=8
-)
-TINY = {
-    "deit": ("deit_tiny_patch16_224", dict(embed_dim=32, num_heads=2, depth=2, img_size=64)),
-    "evit": (
-        "evit_small_r07_fuse",
-        dict(embed_dim=32, num_heads=2, depth=4, drop_loc=[1, 2], img_size=96),
-    ),
-    "evit without fusion": (
-        "evit_small_r07_drop",
-        dict(embed_dim=32, num_heads=2, depth=4, drop_loc=[1, 2], img_size=96),
-    ),
-    "dhvt": ("dhvt_tiny_cifar_patch4", dict(embed_dim=32, num_heads=2, depth=2, img_size=32)),
-    "dilateformer": (
-        "dilateformer_tiny",
-        PYRAMID | dict(embed_dim=24, num_heads=[3, 6, 6, 6], img_size=60),
-    ),
-    "dfvt": (
-        "dfvt_tiny",
-        PYRAMID | dict(embed_dim=16, num_heads=[1, 2, 2, 2], window_size=3, img_size=128),
-    ),
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        PYRAMID | dict(embed_dim=16, num_heads=[1, 2, 2, 2], window_size=3),
-    ),
-    "swinv2": (
-        "swinv2_tiny_patch4_window8_256",
-        PYRAMID | dict(embed_dim=16, num_heads=[1, 2, 2, 2], window_size=4),
-    ),
-    "pvt": (
-        "pvt_tiny_256",
-        PYRAMID | dict(embed_dims=[16, 16, 32, 32], num_heads=[1, 1, 2, 2]),
-    ),
-    "dfformer": ("dfformer_s18", METAFORMER),
-    "cdfformer": ("cdfformer_s18", METAFORMER),
-    "gfformer": ("gfformer_s18", METAFORMER),
-    "afno": ("dfformer_s18_afno", METAFORMER),
-    "mixed": (
-        "dfformer_s18",
-        METAFORMER
-        | dict(
-            mixers=["dilated", "shifted_window(window_size=3)", "spatial_reduction", "head_token"],
-            feed_forward="daff",
-        ),
-    ),
-}
+WITHOUT_LITERAL_FORM = {"dpvt", "deit_dge", "pvt_dge", "swin_mlp"}
 
 
 def tiny(family):
-    name, overrides = TINY[family]
-    model = create_model(name, **overrides)
+    name, overrides = SMALL[family]
+    model = create_model(name, num_classes=10, **overrides)
     with torch.no_grad():
         # Fresh biases and batch statistics are 0 and 1 and would hide a forgotten term.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -82,7 +38,7 @@ def logits_and_gradients(model, x):
     return y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", sorted(SMALL.keys() - WITHOUT_LITERAL_FORM))
 def test_the_literal_model_equals_the_model(family):
     model, x = tiny(family)
     twin = literal(model).eval()
@@ -145,12 +101,12 @@ class Work(nn.Module):
 
 
 def raced(first, second, monkeypatch):
-    monkeypatch.setattr(run, "TURN_S", 0.02)
-    setting = run.Setting(torch.device("cpu"), Amp("cpu", "float32"), 4, False)
-    rival = run.Contestant("rival", second, (64, 64), is_baseline=True)
-    model = run.Contestant("model", first, (64, 64), baseline=rival)
-    run.race([model, rival], run.MODES, setting, rounds=15, warmup=2, latency_passes=3)
-    return [run.figures(model, mode, 4) for mode in run.MODES]
+    monkeypatch.setattr(measure, "TURN_S", 0.02)
+    setting = Setting(torch.device("cpu"), Amp("cpu", "float32"), 4, False)
+    rival = Contestant("rival", second, (64, 64), is_baseline=True)
+    model = Contestant("model", first, (64, 64), baseline=rival)
+    measure.race([model, rival], run.MODES, setting, rounds=15, warmup=2, latency_passes=3)
+    return [figures(model, mode, 4) for mode in run.MODES]
 
 
 def test_a_model_against_itself_is_as_fast_as_itself(monkeypatch):
@@ -167,16 +123,35 @@ def test_a_model_with_a_third_of_the_work_is_faster_and_smaller(monkeypatch):
 
 
 def test_the_figures_are_those_of_the_clock():
-    rival = run.Contestant("rival", nn.Identity(), (1, 1), seconds={"train": [4.0, 6.0, 40.0]})
-    model = run.Contestant("m", nn.Identity(), (1, 1), rival, seconds={"train": [2.0, 2.0, 4.0]})
+    rival = Contestant("rival", nn.Identity(), (1, 1), seconds={"train": [4.0, 6.0, 40.0]})
+    model = Contestant("m", nn.Identity(), (1, 1), rival, seconds={"train": [2.0, 2.0, 4.0]})
     for contestant, memory in ((rival, 8.0), (model, 2.0)):
         contestant.memory_mib["train"], contestant.passes["train"] = memory, 1
-    row = run.figures(model, "train", batch_size=8)
+    row = figures(model, "train", batch_size=8)
     assert row["ratio"] == 3.0
     assert row["ratio_quartiles"] == [2.5, 6.5]
     assert row["ratio_range"] == [2.0, 10.0]
     assert row["img_per_s"] == 4.0
     assert row["memory_ratio"] == 0.25
+
+
+def test_bounds_are_peaks_over_work():
+    cost = dict(gmacs=2.0, fft_gmacs=0.5, layer_outputs_m=10.0, params_m=80.0)
+    peaks = dict(tflop_per_s=1.0, gb_per_s=12.0)
+    bound = bounds(cost, peaks, "inference", batch_size=8, bytes_per_value=4)
+    assert bound == dict(bound_arithmetic=200.0, bound_bytes=100.0)
+    assert bounds(cost, peaks, "train", 8, 4)["bound_bytes"] == pytest.approx(100 / 3)
+
+
+def test_inference_is_timed_without_batch_norms_and_a_step_with_them():
+    setting = Setting(torch.device("cpu"), Amp("cpu", "float32"), 1, False)
+    model, rival = enter(["dhvt_tiny_cifar_patch4"], "literal", setting)
+    norms = {
+        mode: sum(isinstance(m, nn.BatchNorm2d) for m in model.prepared(mode).modules())
+        for mode in run.MODES
+    }
+    assert norms["inference"] == 0 < norms["train"]
+    assert rival.prepared("inference") is rival.prepared("train")
 
 
 def test_peak_memory_counts_what_is_alive_together():
@@ -187,12 +162,12 @@ def test_peak_memory_counts_what_is_alive_together():
         for _ in range(5):
             kept.neg()  # each is freed before the next
 
-    assert run.peak_memory(step, torch.device("cpu")) == pytest.approx(2, abs=0.1)
+    assert measure.peak_memory(step, torch.device("cpu")) == pytest.approx(2, abs=0.1)
 
 
 def test_a_grained_model_asks_the_share_of_queries_that_it_is_told():
     model = create_model("deit_dge_s124_tiny_patch16_256", embed_dim=32, num_heads=2, depth=2)
-    run.fix_routing(model, 0.5)
+    fix_routing(model, 0.5)
     images = torch.randn(8, 3, 256, 256)
     with torch.no_grad():
         model.eval()(images)
@@ -207,11 +182,11 @@ def test_a_grained_model_asks_the_share_of_queries_that_it_is_told():
 )
 def test_a_share_that_makes_no_sense_is_refused(name, share):
     with pytest.raises(ValueError, match=f"@{share}"):
-        run.fix_routing(create_model(name), share)
+        fix_routing(create_model(name), share)
 
 
 def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "TURN_S", 0.01)
+    monkeypatch.setattr(measure, "TURN_S", 0.01)
     name = "dhvt_tiny_cifar_patch4"
     result = run.main(
         f"--models {name} {name}=self --batch-size 1 --rounds 3 --warmup 1 --latency-passes 2 "

@@ -1,0 +1,213 @@
+"""Who takes part in a comparison: models, their baselines, and the conditions they share."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.literal import literal
+from config import load_config
+from models import create_model, variant_file
+from models.folding import fold_batch_norms
+from models.layers.grained import GrainedQueries, Router
+from models.layers.tokens import to_pair
+from utils.amp import Amp
+
+TIMM_SWIN = "timm-swin-t"
+
+Pass = Callable[[], None]
+
+
+@dataclass
+class Contestant:
+    """A model in the race, with what was measured: seconds of each round by mode.
+
+    Attributes:
+        model: what a training step runs.
+        deployed: what inference runs, the same module unless batch norms are folded; None takes `model`.
+    """
+
+    name: str
+    model: nn.Module
+    size: tuple[int, int]
+    baseline: "Contestant | None" = None
+    deployed: nn.Module | None = None
+    is_baseline: bool = False
+    compiled: bool = False
+    difference: float | None = None
+    passes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    latencies: list[float] = field(default_factory=list)
+    memory_mib: dict[str, float] = field(default_factory=dict)
+
+    def prepared(self, mode: str) -> nn.Module:
+        """The module of a mode, in that mode."""
+        if mode == "train" or self.deployed is None:
+            return self.model.train(mode == "train")
+        return self.deployed.eval()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants have in common."""
+
+    device: torch.device
+    amp: Amp
+    batch_size: int
+    channels_last: bool
+
+    def images(self, contestant: Contestant, batch_size: int | None = None) -> Tensor:
+        """Random images (B, 3, H, W) of the contestant's size, the same at each call."""
+        shape = (batch_size or self.batch_size, 3, *contestant.size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=layout)
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def clock(self, run: Pass, passes: int = 1) -> float:
+        """Seconds per pass."""
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(passes):
+            run()
+        self.synchronize()
+        return (time.perf_counter() - start) / passes
+
+
+def enter(
+    entries: Sequence[str],
+    baseline: str,
+    setting: Setting,
+    compile_models: bool = False,
+    compile_baselines: bool = False,
+) -> list[Contestant]:
+    """The contestants in the order of their turns, each model before its baseline.
+
+    Args:
+        entries: `model` or `model=baseline`; `model@0.5` asks half of the queries that a grained model can.
+        baseline: of entries that name none: "literal", "self", "timm-swin-t" or a model.
+
+    Raises:
+        ValueError: an unknown name, or no literal form.
+    """
+    order: list[Contestant] = []
+    shared: dict[str, Contestant] = {}
+    for entry in entries:
+        name, _, own = entry.partition("=")
+        model = _build(name, setting)
+        against = own or baseline
+        if against in ("literal", "self"):
+            twin = copy.deepcopy(model.model)
+            twin = literal(twin) if against == "literal" else twin
+            rival = Contestant(f"{name} ({against})", twin, model.size, is_baseline=True)
+            model.difference = _difference(model, rival, setting)
+        else:
+            rival = shared.get(against) or _build(against, setting)
+            rival.is_baseline = True
+        model.baseline = rival
+        order.append(model)
+        if against not in shared:
+            order.append(rival)
+        if against not in ("literal", "self"):
+            shared[against] = rival
+    for contestant in order:
+        # A model against itself must be the same on both sides.
+        ours = not contestant.is_baseline or contestant.name.endswith(" (self)")
+        if ours:
+            contestant.deployed = fold_batch_norms(contestant.model)
+        if compile_models if ours else compile_baselines:
+            for module in filter(None, (contestant.model, contestant.deployed)):
+                module.compile()
+            contestant.compiled = True
+    return order
+
+
+def _build(name: str, setting: Setting) -> Contestant:
+    torch.manual_seed(0)
+    if name == TIMM_SWIN:
+        # By timm's own name this is timm's model: MixLab's is registered there with a prefix.
+        model, size = timm.create_model("swin_tiny_patch4_window7_224"), (224, 224)
+    else:
+        variant, _, share = name.partition("@")
+        size = to_pair(load_config(variant_file(variant)).DATA.IMG_SIZE)
+        model = create_model(variant)
+        if share:
+            fix_routing(model, float(share))
+    layout = torch.channels_last if setting.channels_last else torch.preserve_format
+    return Contestant(name, model.to(setting.device, memory_format=layout), size)
+
+
+class FixedRouter(Router):
+    """A router that computes its logits and then decides by a draw: finest or coarsest patches.
+
+    Fresh weights ask nearly all queries and trained ones do not exist here; what is timed is the cost of a
+    given share. The draw is the same at each call and differs between the images of a batch.
+
+    Args:
+        prob: of the finest granularity, per region.
+    """
+
+    prob: float
+    finest: int
+    coarsest: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)  # (..., S)
+        draw = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(0))
+        choice = torch.where(draw < self.prob, self.finest, self.coarsest).to(x.device)
+        return logits * 0 + nn.functional.one_hot(choice, logits.shape[-1])
+
+
+def fix_routing(model: nn.Module, share: float) -> None:
+    """Let every router of `model` ask about `share` of the finest queries, by a fixed draw.
+
+    Raises:
+        ValueError: the model has no routers, or cannot ask so few or so many queries.
+    """
+    grained = [module for module in model.modules() if isinstance(module, GrainedQueries)]
+    if not grained:
+        raise ValueError(f"@{share:g} is for models with grained queries (dge), and this has none")
+    for queries in grained:
+        steps, region = queries.steps, queries.region
+        most, least = ((region // step) ** 2 / region**2 for step in (min(steps), max(steps)))
+        if not least <= share <= most:
+            raise ValueError(f"@{share:g} must be between {least:g} and {most:g} of the queries")
+        router = queries.router
+        router.__class__ = FixedRouter
+        router.prob = (share - least) / (most - least)
+        router.finest, router.coarsest = steps.index(min(steps)), steps.index(max(steps))
+
+
+@torch.no_grad()
+def _difference(a: Contestant, b: Contestant, setting: Setting) -> float:
+    """Largest difference of the logits of two images, relative to the largest logit."""
+    images = setting.images(a, 2)
+    first, second = a.prepared("inference")(images), b.prepared("inference")(images)
+    return float((first - second).abs().max() / first.abs().max())
+
+
+def make_pass(
+    contestant: Contestant, mode: str, setting: Setting, batch_size: int | None = None
+) -> Pass:
+    """One forward pass without gradients, or forward, mean of squared logits and backward."""
+    images = setting.images(contestant, batch_size)
+    model, amp = contestant.prepared(mode), setting.amp
+
+    def inference() -> None:
+        with torch.inference_mode(), amp.autocast():
+            model(images)
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        with amp.autocast():
+            loss = model(images).float().square().mean()
+        loss.backward()
+
+    return inference if mode == "inference" else train

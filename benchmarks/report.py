@@ -1,0 +1,206 @@
+"""What a run found: rows, costs, the fingerprint of the machine; as JSON, table and picture."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.contestants import Contestant
+from utils.checkpoint import git_revision
+from utils.complexity import count
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def figures(
+    contestant: Contestant, mode: str, batch_size: int, bound: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """One row of the result: speed, memory, the ratio to the baseline with its spread, and the `bounds`."""
+    seconds = contestant.seconds[mode]
+    row: dict[str, Any] = dict(
+        model=contestant.name,
+        mode=mode,
+        compiled=contestant.compiled,
+        img_per_s=batch_size / statistics.median(seconds),
+        img_per_s_min=batch_size / max(seconds),
+        img_per_s_max=batch_size / min(seconds),
+        passes_per_turn=contestant.passes[mode],
+        peak_memory_mib=contestant.memory_mib[mode],
+        seconds_per_pass=seconds,
+        **(bound or {}),
+    )
+    rival = contestant.baseline
+    if rival is not None:
+        ratios = [b / a for a, b in zip(seconds, rival.seconds[mode], strict=True)]
+        row |= dict(
+            baseline=rival.name,
+            baseline_compiled=rival.compiled,
+            ratio=statistics.median(ratios),
+            ratio_quartiles=[quantile(ratios, 0.25), quantile(ratios, 0.75)],
+            ratio_range=[min(ratios), max(ratios)],
+            memory_ratio=contestant.memory_mib[mode] / rival.memory_mib[mode],
+        )
+        if contestant.difference is not None:
+            row["max_logit_difference"] = contestant.difference
+    if contestant.latencies:
+        row |= dict(
+            latency_ms_p50=1000 * quantile(contestant.latencies, 0.5),
+            latency_ms_p95=1000 * quantile(contestant.latencies, 0.95),
+        )
+    return row
+
+
+def costs(contestant: Contestant) -> dict[str, Any]:
+    """Parameters, multiply-adds and outputs of layers (millions of values) for one image."""
+    total = count(contestant.model, (3, *contestant.size))
+    parents = {module.name.rpartition(".")[0] for module in total.modules}
+    layers = [m for m in total.modules if m.macs and m.name not in parents]
+    return dict(
+        params_m=total.params_m,
+        gmacs=total.gmacs,
+        fft_gmacs=total.fft_gmacs,
+        layer_outputs_m=sum(layer.activations for layer in layers) / 1e6,
+        image_size=list(contestant.size),
+    )
+
+
+def bounds(
+    cost: dict[str, Any], peaks: dict[str, float], mode: str, batch_size: int, bytes_per_value: int
+) -> dict[str, float]:
+    """Images/s that arithmetic and memory traffic allow at the machine's measured peaks.
+
+    Arithmetic is two operations per multiply-add. Traffic is each output of a convolution or linear layer
+    written once and read once, all between them fused, and the weights once per batch. A training step is
+    three such passes. Both are models: caches can beat the second.
+    """
+    passes = 3 if mode == "train" else 1
+    flops = 2e9 * (cost["gmacs"] + cost["fft_gmacs"])
+    values = 2e6 * cost["layer_outputs_m"] + 1e6 * cost["params_m"] / batch_size
+    return dict(
+        bound_arithmetic=peaks["tflop_per_s"] * 1e12 / (passes * flops),
+        bound_bytes=peaks["gb_per_s"] * 1e9 / (passes * values * bytes_per_value),
+    )
+
+
+def fingerprint(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on besides the models."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = dict(
+        cpu=_cpu_name(),
+        cores=cores,
+        threads=torch.get_num_threads(),
+        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        system=platform.platform(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        commit=git_revision(),
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        info |= dict(gpu=gpu.name, gpu_memory_gib=gpu.total_memory / 2**30, cuda=torch.version.cuda)
+    return info
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The table of a result, with its conditions above it."""
+    machine, run = result["machine"], result["run"]
+    lines = [
+        f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads; "
+        f"torch {machine['torch']}; {run['dtype']}, batch {run['batch_size']}, "
+        f"{'channels last' if run['channels_last'] else 'default layout'}; {run['rounds']} rounds; "
+        f"commit {(machine['commit'] or 'unknown')[:12]}",
+        "",
+        f"Peaks of this machine: {machine['tflop_per_s']:.3g} TFLOP/s in a product, "
+        f"{machine['gb_per_s']:.4g} GB/s in a copy.",
+        "",
+        "| model | mode | images/s | of the bound | against | ratio (quartiles) | latency ms, p50 / p95 | "
+        "memory MiB |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        ratio, against = "", ""
+        if "ratio" in row:
+            low, high = row["ratio_quartiles"]
+            ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
+            against = row["baseline"] + _compiled(row["baseline_compiled"])
+        latency = ""
+        if "latency_ms_p50" in row and row["mode"] == "inference":
+            latency = f"{row['latency_ms_p50']:.1f} / {row['latency_ms_p95']:.1f}"
+        bound = min(row["bound_arithmetic"], row["bound_bytes"])
+        lines.append(
+            f"| {row['model']}{_compiled(row['compiled'])} | {row['mode']} | {row['img_per_s']:.1f} | "
+            f"{row['img_per_s'] / bound:.0%} of {bound:.4g} | {against} | {ratio} | "
+            f"{latency} | {row['peak_memory_mib']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _compiled(flag: bool) -> str:
+    return ", compiled" if flag else ""
+
+
+def draw(result: dict[str, Any], picture: Path) -> None:
+    """Images/s against multiply-adds, a panel per mode; nobody on the line is outrun by a larger model."""
+    modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
+    figure = Figure(figsize=(6.5 * len(modes), 4.8), layout="constrained")
+    for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+        rows = {row["model"]: row for row in result["rows"] if row["mode"] == mode}
+        points = {}
+        for name, row in rows.items():
+            cost = result["costs"][name]
+            points[name] = (cost["gmacs"] + cost["fft_gmacs"], row["img_per_s"])
+        for name, (gmacs, speed) in points.items():
+            rival = rows[name].get("baseline")
+            if rival is None:
+                axes.plot(gmacs, speed, "o", mfc="white", mec="#888888")
+                continue
+            axes.plot(*zip(points[rival], (gmacs, speed), strict=True), color="#cccccc", zorder=1)
+            axes.plot(gmacs, speed, "o", color="#3b6fb6")
+            axes.annotate(name, (gmacs, speed), (4, 4), textcoords="offset points", fontsize=7)
+        front = [p for n, p in sorted(points.items(), key=lambda n: n[1]) if _leads(p, points)]
+        axes.plot(*zip(*front, strict=True), "--", color="#d1662a", linewidth=1, zorder=0)
+        axes.set(xscale="log", yscale="log", title=mode)
+        axes.set(xlabel="GMACs per image, Fourier transforms included", ylabel="images/s")
+        axes.margins(x=0.2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="both", labelsize=7)
+        axes.grid(color="#e4e4e4", which="both", linewidth=0.5)
+    figure.suptitle("MixLab (blue) and baselines (white); dashed: fastest of its size or larger")
+    figure.savefig(picture, dpi=130)
+
+
+def _leads(point: tuple[float, float], points: dict[str, tuple[float, float]]) -> bool:
+    return not any(g >= point[0] and s > point[1] for g, s in points.values())
+
+
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """The result as .json, .md and .png; the name says device, precision and how it was run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = result["run"]
+    parts = [run["device"], run["dtype"], "compiled" if run["compile"] else "eager"]
+    path = folder / "_".join(parts + ["channels_last"] * run["channels_last"])
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(to_markdown(result))
+    draw(result, path.with_suffix(".png"))
+    return path.with_suffix(".json")
