@@ -30,6 +30,7 @@ from engine import evaluate, measure_throughput, train_epoch
 from logger import MetricsWriter, create_logger
 from lr_scheduler import build_scheduler
 from models import Backbone, build_model
+from models.folding import fold_batch_norms
 from models.layers.tokens import to_pair
 from models.pretrained import has_averaged_weights, load_pretrained
 from optimizer import build_optimizer
@@ -406,7 +407,8 @@ def some_images(config: CfgNode) -> torch.Tensor | None:
 
 
 def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Throughput and latency, with what they depend on."""
+    """Throughput and latency of a deployed copy, with what they depend on."""
+    model = fold_batch_norms(model)
     timed = measure_throughput(
         torch.compile(model) if config.COMPILE else model,
         batch_size=config.DATA.BATCH_SIZE,

@@ -50,5 +50,6 @@ def evaluate(
                 evaluator.update(output, batch)
             return evaluator.compute()
     finally:
+        module.eval()  # forgets what `token_maps` would draw of the last batch
         for part, training in modes:
             part.training = training

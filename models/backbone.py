@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .layers.token_maps import LastInputs
+
 # Last name components of constants of the architecture: recomputed, never taken from a file.
 CONSTANT_BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
 
@@ -38,12 +40,16 @@ class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        self._watched: set[nn.Module] = set()
+        self._last_inputs = LastInputs()
         self.register_load_state_dict_pre_hook(_keep_constant_buffers)
 
     # -- the two halves of forward ---------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+        if not torch.compiler.is_compiling():
+            self._last_inputs.clear()  # together with this batch's they would raise the peak of memory
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -113,8 +119,31 @@ class Backbone(nn.Module):
         """How far training has come, for schedules inside the model; called before each step."""
 
     def token_maps(self) -> dict[str, Tensor]:
-        """What an explanation tool draws of the last evaluation forward; empty if nothing."""
-        return {}
+        """What an explanation tool draws of the last evaluation forward, by name; see each class.
+
+        There is nothing before a forward, on a copy, or after `train()` and `eval()` (EViT keeps its own
+        until the next evaluation); only learned filters need no forward. A training forward adds nothing.
+        Compiled, exported and traced forwards are not seen.
+
+        Attention is not kept, but computed here, in float32 at least, with the weights of the moment, from
+        what the blocks under `watch` were given. Its names are `kind::path of the layer`:
+
+        - `attention`: probabilities, (B, heads, ...); what for is said by each class.
+        - `filters`: learned matrices or amplitudes, the same for all images.
+        - `points`: positions of samples, x and y in pixels of the layer's map, the centre of the first pixel
+          at (0, 0), (B, heads, points, H, W, 2).
+        """
+        maps = {}
+        paths = {module: path for path, module in self.named_modules()}
+        like = next(self.parameters())
+        with torch.no_grad():
+            for block in paths:
+                inputs = self._last_inputs.get(block, like)
+                if inputs is not None:
+                    layer, inputs = block.mixing(*inputs)
+                    for kind, result in layer.attention_maps(*inputs).items():
+                        maps[f"{kind}::{paths[layer]}"] = result
+        return maps
 
     def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
         """Full name of a position table -> (special tokens, (h, w), interpolation mode).
@@ -135,10 +164,29 @@ class Backbone(nn.Module):
         """While it is entered, `forward` runs the operations that papers count, whatever is faster here."""
         return nullcontext()
 
+    def train(self, mode: bool = True) -> "Backbone":
+        self._last_inputs.clear()
+        return super().train(mode)
+
     # -- for subclasses --------------------------------------------------------------------------
+
+    def watch(self, *blocks: nn.Module) -> None:
+        """Let `token_maps` describe these blocks, which must run through `run_block`.
+
+        `block.mixing(*inputs)` gives the layer that mixes the tokens and its inputs, and
+        `layer.attention_maps(*inputs)` what it attends to with them, by kind.
+        """
+        self._watched.update(blocks)
+
+    def remember(self, block: nn.Module, *inputs: Any) -> None:
+        """Keep references to inputs of an evaluation forward that `block.mixing` takes, for `token_maps`."""
+        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self._last_inputs.keep(block, inputs)
 
     def run_block(self, block: Callable[..., Any], *args: Any) -> Any:
         """`block(*args)`, recomputed in the backward pass when gradient checkpointing is on."""
+        if not torch.compiler.is_compiling() and block in self._watched:
+            self.remember(block, *args)
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             if torch.compiler.is_compiling():  # buffers change once there, and contexts are refused
                 return checkpoint(block, *args, use_reentrant=False)

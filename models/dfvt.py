@@ -9,6 +9,7 @@ Shapes:     B batch, C channels, H/W map; convolutions see (B, C, H, W) laid out
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.init import init_vit_, new_classifier
+from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.resize import resize_position_grid
 from .layers.tokens import pad_to_multiple
 from .layers.window import WindowAttention, space_to_depth
 from .registry import register
-from .swin import StagePlan, plan_stages, stage_prefixes
+from .swin import StagePlan, plan_stages, set_stage_norms, stage_prefixes
 
 # Channels per hidden unit of the gate's channel branch.
 GATE_REDUCTION = 16
@@ -41,6 +43,8 @@ def depthwise(channels: int, stride: int = 1) -> list[nn.Module]:
 
 class ConvStem(nn.Module):
     """Two 3x3 convolutions of stride 2: (B, in_chans, H, W) -> (B, C, ceil(H/4), ceil(W/4))."""
+
+    conv_norm_pairs = (("proj1", "norm1"), ("proj2", "norm"))
 
     def __init__(self, in_chans: int, embed_dim: int, patch_norm: bool):
         super().__init__()
@@ -115,6 +119,9 @@ class Dane(nn.Module):
         self._parts = None
         return super().train(mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parts": None}  # a copy has had no forward pass
+
 
 class DFvTBlock(nn.Module):
     """Window attention, gate and MLP: (B, H, W, C) -> (B, H, W, C)."""
@@ -136,6 +143,12 @@ class DFvTBlock(nn.Module):
         x = self.select(x, y, y_hat)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def set_fixed_windows(self, fixed: bool) -> None:
+        """Change how the map is cut into windows, see `Windowed`."""
+        self.attn.set_fixed_windows(fixed)
+        mask = self.attn.shift_mask()
+        self.attn_mask = None if mask is None else mask.to(self.norm1.weight.device)
+
 
 class Widen(nn.Module):
     """Twice the channels between levels, (B, H, W, C) -> (B, H, W, 2C); the map keeps its size."""
@@ -143,7 +156,7 @@ class Widen(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.reduction = nn.Linear(dim, 2 * dim, bias=False)
+        self.reduction = Linear(dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reduction(self.norm(x))
@@ -247,14 +260,9 @@ class DFvT(Backbone):
         self.multiresolution_conv = nn.ModuleList(
             nn.Sequential(*depthwise(4 * dim), *pointwise(4 * dim, dim)) for dim in dims[:-1]
         )
+        set_stage_norms(self, dims, self.dense)
         if self.dense:
-            for i, dim in enumerate(dims):
-                self.add_module(f"norm{i}", nn.LayerNorm(dim))
-            self.conv1x1layers = nn.ModuleList(
-                nn.Conv2d(2 * dim, dim, 1, bias=False) for dim in dims[:-1]
-            )
-        else:
-            self.norm = nn.LayerNorm(self.num_features)
+            self.conv1x1layers = _fusions(dims)
         self.apply(_init_dfvt_)
         self.head = new_classifier(self.num_features, num_classes)
 
@@ -327,8 +335,25 @@ class DFvT(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier; 0 makes the detection backbone of it, and another number brings it back.
+
+        The norm of the last stage keeps its weights, what else is added is fresh, and bias tables are resized
+        where the windows change.
+        """
+        like = self.patch_embed.proj1.weight
+        if self.dense != (num_classes == 0):
+            self.dense = num_classes == 0
+            dims = [info["channels"] for info in self.feature_info]
+            set_stage_norms(self, dims, self.dense)
+            if self.dense:
+                self.conv1x1layers = _fusions(dims).apply(_init_dfvt_).to(like)
+            else:
+                del self.conv1x1layers
+            for level in self.layers:
+                for block in level.blocks:
+                    block.set_fixed_windows(self.dense)
         self.num_classes = num_classes
-        self.head = new_classifier(self.num_features, num_classes).to(self.patch_embed.proj1.weight)
+        self.head = new_classifier(self.num_features, num_classes).to(like)
 
     def no_weight_decay(self) -> set[str]:
         """Bias tables decay in classification, unlike in Swin; the detection recipe exempts them."""
@@ -363,6 +388,11 @@ class DFvT(Backbone):
         """Per level, how much of a token the last gate took from the convolutions: (B, H, W)."""
         gates = {f"gate{i}": level.blocks[-1].select.gate() for i, level in enumerate(self.layers)}
         return {name: gate for name, gate in gates.items() if gate is not None}
+
+
+def _fusions(dims: Sequence[int]) -> nn.ModuleList:
+    """Convolutions that join attention and convolution path to the maps of all levels but the last."""
+    return nn.ModuleList(nn.Conv2d(2 * dim, dim, 1, bias=False) for dim in dims[:-1])
 
 
 def _init_dfvt_(module: nn.Module) -> None:

@@ -17,16 +17,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .layers.grained import GrainedQueries, Routing, ragged_attention
-from .layers.init import drop_path_rates, init_vit_
+from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_
 from .layers.mlp import Mlp
 from .layers.spatial_reduction import SpatialReductionAttention
+from .layers.tokens import Size
 from .pvt import PyramidTransformer, check_sr_ratios
 from .registry import register
 from .vit import VisionTransformer
-
-LAYER_NORM_EPS = 1e-6
-
-Size = tuple[int, int]
 
 
 class Complexity(NamedTuple):
@@ -40,16 +37,10 @@ class GrainedBlock(nn.Module):
     """Transformer block whose queries are patch means, as fine in each region as its router says (Sec. 3.1).
 
     Attention and MLP work on the queries; what they change is added to all tokens that a query stands
-    for. Training computes all granularities and weights them by the gates; evaluation computes the
-    chosen queries only. Both agree where the gates are one-hot.
+    for, see `GrainedQueries`.
     Shapes: (B, N, C) -> (B, N, C) and the `Routing`. The map has `size`; extra tokens precede it and
     are queries of their own.
-
-    Attributes:
-        dense_evaluation: evaluate as in training, see `set_dense_evaluation`.
     """
-
-    dense_evaluation = False
 
     def __init__(
         self,
@@ -70,28 +61,13 @@ class GrainedBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Routing]:
-        candidates, routing = self.dge(x, size)
-        ask = self.ask_all if self.training or self.dense_evaluation else self.ask_chosen
-        return ask(x, candidates, routing.gates, size), routing
+        def change(rows: Tensor, lengths: list[int] | None) -> Tensor:
+            k, v = self.attn.keys_values(self.norm1(x), size)
+            mixed = ragged_attention(self.attn.q(self.norm1(rows)), k, v, lengths)
+            mixed = self.drop_path(self.attn.project(mixed))
+            return mixed + self.drop_path(self.mlp(self.norm2(rows + mixed)))
 
-    def ask_all(self, x: Tensor, candidates: Tensor, gates: Tensor, size: Size) -> Tensor:
-        """Tokens (B, N, C) plus the changes of all candidates (B, T, C), weighted by gates (B, R, S)."""
-        change = self._change(x, candidates.flatten(0, 1), None, size)
-        return x + self.dge.spread_all(change.unflatten(0, candidates.shape[:2]), gates, size)
-
-    def ask_chosen(self, x: Tensor, candidates: Tensor, gates: Tensor, size: Size) -> Tensor:
-        """Tokens (B, N, C) plus the changes of the candidates that one-hot gates (B, R, S) choose."""
-        extra = x.shape[1] - size[0] * size[1]
-        chosen = self.dge.select(gates, size, extra)
-        rows = candidates.flatten(0, 1).index_select(0, chosen.candidates)  # L C
-        return x + self._change(x, rows, chosen.lengths, size)[chosen.row_of_token]
-
-    def _change(self, x: Tensor, rows: Tensor, lengths: list[int] | None, size: Size) -> Tensor:
-        """What attention to the tokens (B, N, C) and MLP add to the queries (L, C)."""
-        k, v = self.attn.keys_values(self.norm1(x), size)
-        mixed = ragged_attention(self.attn.q(self.norm1(rows)), k, v, lengths)
-        mixed = self.drop_path(self.attn.project(mixed))
-        return mixed + self.drop_path(self.mlp(self.norm2(rows + mixed)))
+        return self.dge.ask(x, size, change)
 
     def macs(self, inputs: int, queries: Tensor, counted_products: int) -> Tensor:
         """Multiply-adds of the block for `inputs` tokens and (B,) queries, by the formula of the release."""
@@ -106,17 +82,6 @@ class GrainedBlock(nn.Module):
         mlp = 2 * queries * dim * hidden + queries * hidden
         router = inputs / self.dge.region**2 * dim * (1 + len(self.dge.steps))
         return 2 * inputs * dim + attention + mlp + router
-
-
-def set_dense_evaluation(model: nn.Module, enable: bool) -> None:
-    """Let every grained block of `model` evaluate all candidates and weight them by the one-hot gates.
-
-    The logits stay the same up to rounding, the work is that of training, and no shape depends on what
-    the images show: graphs can be exported.
-    """
-    for module in model.modules():
-        if isinstance(module, GrainedBlock):
-            module.dense_evaluation = enable
 
 
 @dataclass

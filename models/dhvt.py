@@ -39,6 +39,10 @@ class Block(nn.Module):
         y_cls = None if self.mlp.compress is None else self.mlp.reweight(self.norm2(cls), y)
         return self._add(x, cls, y, y_cls)
 
+    def mixing(self, x: Tensor, cls: Tensor) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        """The attention, and what it gets for map and class token."""
+        return self.attn, (self.norm1(x), self.norm1(cls))
+
     def _add(
         self, x: Tensor, cls: Tensor, y: Tensor, y_cls: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -56,6 +60,9 @@ class DHVT(Backbone):
     Without a classifier (num_classes=0) nothing reads the class token after the last attention, so the last
     block has no class gate (`mlp.compress`, `mlp.excitation`), and the pooled features are the mean of the
     map. `forward_head(..., pre_logits=True)` of a classifier gives its class token.
+
+    `token_maps`: of the last block `attention` (B, heads, H, W) of the class token to the patches. It also
+    attends to itself and to the head tokens, so that rows sum to less than 1.
 
     Args:
         img_size: no parameter depends on it.
@@ -95,6 +102,7 @@ class DHVT(Backbone):
             )
             for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0])
         )
+        self.watch(self.blocks[-1])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_vit_)
         trunc_normal_(self.cls_token, std=0.02)

@@ -15,21 +15,22 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from utils.spelling import choose
+
 from .backbone import Backbone
 from .layers.attention import MapAttention
 from .layers.dilated import DilatedAttention
-from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple
 from .registry import register
 
-LAYER_NORM_EPS = 1e-6
 # Kernel size, stride and padding of the four convolutions of a stem.
 STEMS = {
     "overlapping": ((3, 1, 1), (3, 2, 1), (3, 1, 1), (3, 2, 1)),
     "pointconv": ((3, 2, 1), (1, 1, 0), (3, 2, 1), (1, 1, 0)),
 }
-PATCH_WAYS = (*STEMS, "nonoverlapping")
+PATCH_WAYS = STEMS | {"nonoverlapping": ()}  # one convolution without a norm
 MERGINGS = {"conv3_2": (3, 2, 1), "conv2_2": (2, 2, 0)}
 
 
@@ -89,9 +90,16 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self._with_positions(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def mixing(self, x: Tensor) -> tuple[nn.Module, tuple[Tensor]]:
+        """The attention, and what it gets for a map (B, H, W, C)."""
+        return self.attn, (self.norm1(self._with_positions(x)),)
+
+    def _with_positions(self, x: Tensor) -> Tensor:
+        return x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Stage(nn.Module):
@@ -106,6 +114,11 @@ class Stage(nn.Module):
 @register("dilateformer", node="DILATEFORMER")
 class DilateFormer(Backbone):
     """Four stages of widths embed_dim * (1, 2, 4, 8) at strides 4, 8, 16 and 32.
+
+    `token_maps`: of the last block of each stage `attention`. In the first two stages it is (B, heads, k * k,
+    H, W), from each position to its neighbours, row by row; heads come in groups of one dilation, and
+    neighbours outside the image count. In the others it is (B, heads, H, W), what a position gets from all,
+    on average.
 
     Args:
         img_size: not used, no parameter depends on it.
@@ -136,8 +149,8 @@ class DilateFormer(Backbone):
     ):
         super().__init__()
         patch_way = patch_way.replace("overlaping", "overlapping")
-        _check_choice("PATCH_WAY", patch_way, PATCH_WAYS)
-        _check_choice("MERGING_WAY", merging_way, tuple(MERGINGS))
+        choose("MODEL.DILATEFORMER.PATCH_WAY", patch_way, PATCH_WAYS)
+        choose("MODEL.DILATEFORMER.MERGING_WAY", merging_way, MERGINGS)
         if len(depths) != 4 or len(num_heads) != 4:
             raise ValueError(
                 f"MODEL.DILATEFORMER.DEPTHS={list(depths)} and NUM_HEADS={list(num_heads)} must have "
@@ -162,6 +175,7 @@ class DilateFormer(Backbone):
             )
             for i in range(4)
         )
+        self.watch(*(stage.blocks[-1] for stage in self.stages))
         self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
         self.reset_classifier(num_classes)
@@ -207,8 +221,3 @@ class DilateFormer(Backbone):
                 prefixes.append((*merging, f"stages.{i}.blocks.{j}"))
                 merging = []
         return prefixes
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"MODEL.DILATEFORMER.{key}='{value}' must be one of {list(choices)}")

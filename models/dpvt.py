@@ -20,6 +20,10 @@ from .registry import register
 class DPVT(PyramidTransformer):
     """Four stages of blocks with point-sampled attention; the mean of the last tokens is classified.
 
+    `token_maps`: of the last block of each stage the `points` (B, heads, P, H, W, 2) that a position samples,
+    x and y in pixels of the stage's map, the centre of the first pixel at (0, 0), and their weights
+    `attention` (B, heads, P, H, W). In pixels of the image that is (p + 0.5) * stride - 0.5.
+
     Args:
         num_points: samples per query and head, for each stage.
         ring_offsets: start with the points on rays around the query. The published models start with

@@ -10,6 +10,7 @@ Shapes:     B batch, C channels, M patch tokens of a layer, m kept ones, N = M +
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,8 @@ class EViT(VisionTransformer):
         x, kept = self.embed(x), []
         for block, rate in zip(self.blocks, self.keep_rates, strict=True):
             num_kept = self._num_kept(x.shape[1] - 1, rate)
+            if block is self.blocks[-1] and not kept:
+                self.remember(block, x, grid)
             x, index = self.run_block(block, x, num_kept, self.fuse_token)
             if index is not None:
                 kept.append(index)
@@ -198,8 +201,11 @@ class EViT(VisionTransformer):
         """Of the last evaluation forward, for its i-th dropping block:
 
         `kept_idx_i` (B, m): kept tokens by decreasing score, as positions in the block's own sequence
-        without the class token; `kept_mask_i` (B, h, w): True where an image's patch is still there.
+        without the class token; `kept_mask_i` (B, h, w): True where an image's patch is still there. Where
+        nothing was dropped, the attention of `VisionTransformer`. Training changes none of the former.
         """
+        if not self._kept:
+            return super().token_maps()
         height, width = self._last_grid
         maps = {f"kept_idx_{i}": index for i, index in enumerate(self._kept)}
         for i, patches in enumerate(kept_patches(self._kept, height * width, self.fuse_token)):
@@ -208,6 +214,9 @@ class EViT(VisionTransformer):
             mask = mask.scatter(1, patches % (height * width + 1), True)[:, :-1]
             maps[f"kept_mask_{i}"] = mask.unflatten(1, (height, width))
         return maps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": []}  # a copy has had no forward pass
 
     def _num_kept(self, num_patches: int, rate: float) -> int | None:
         """How many of a block's patches stay (Sec. 3.2), None if all of them do."""

@@ -16,7 +16,7 @@ import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from utils.spelling import nearest
+from utils.spelling import choose
 
 from .backbone import Backbone
 from .layers.activations import ACTIVATIONS, SquaredReLU
@@ -25,6 +25,7 @@ from .layers.init import drop_path_rates
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple, to_pair
 from .mixers import MixerContext, QueryMixer, build_mixer
+from .mixers.queries import KeptTokens
 from .registry import register
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -110,6 +111,10 @@ class MetaFormerBlock(nn.Module):
             return self.token_mixer(x, self.norm1, self.update)
         return self.update(x, self.token_mixer)
 
+    def mixing(self, x: Tensor) -> tuple[nn.Module, tuple[Tensor]]:
+        """The mixer, and what it gets for a map (B, H, W, C)."""
+        return self.token_mixer, (self.norm1(x),)
+
     def update(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
         """The two equations, with `mix` as the mixer: (..., C) -> (..., C)."""
         x = self.res_scale1(x) + self.drop_path(mix(self.norm1(x)))
@@ -117,10 +122,10 @@ class MetaFormerBlock(nn.Module):
 
 
 class MapDAFF(DAFF):
-    """DHVT's feed-forward network without its class token; always with GELU, like the original."""
+    """DHVT's feed-forward network without its class token; the original has GELU."""
 
     def __init__(self, dim: int, ratio: float, act: type[nn.Module], drop: float = 0.0):
-        super().__init__(dim, ratio, class_gate=False)
+        super().__init__(dim, ratio, act, class_gate=False)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +156,8 @@ class MetaFormer(Backbone):
         mixers: one per stage, `name` or `name(option=value, ...)`; see `models/mixers`.
         embed_dims: width of each stage.
         head_dim: channels per head, for mixers with heads.
-        feed_forward: what follows the mixer in a block: "mlp", or DHVT's "daff" with its convolution.
+        feed_forward: what follows the mixer in a block: "mlp", or DHVT's "daff" with its convolution (and
+            with act "gelu", to be DHVT's).
         act: activation of the feed-forward networks and inside the mixers that have one.
         stem: "conv7" overlaps, "patch4" does not.
         downsample: between stages; "conv3" overlaps, "conv2" does not.
@@ -189,20 +195,21 @@ class MetaFormer(Backbone):
                 "MODEL.METAFORMER: one entry per stage is needed in each of "
                 f"{ {key: list(values) for key, values in per_stage.items()} }"
             )
-        norm_layer, act_layer = _choose("NORM", norm, NORMS), _choose("ACT", act, ACTIVATIONS)
-        make_feed_forward = _choose("FEED_FORWARD", feed_forward, FEED_FORWARDS)
-        self._make_head = _choose("HEAD", head, HEADS)
+        norm_layer = choose("MODEL.METAFORMER.NORM", norm, NORMS)
+        act_layer = choose("MODEL.METAFORMER.ACT", act, ACTIVATIONS)
+        make_feed_forward = choose("MODEL.METAFORMER.FEED_FORWARD", feed_forward, FEED_FORWARDS)
+        self._make_head = choose("MODEL.METAFORMER.HEAD", head, HEADS)
         self.drop_rate = drop_rate
         self.feature_info = [
             dict(channels=dim, stride=4 * 2**stage) for stage, dim in enumerate(embed_dims)
         ]
         self.num_features = embed_dims[-1]
 
-        conv = _choose("STEM", stem, STEMS)
+        conv = choose("MODEL.METAFORMER.STEM", stem, STEMS)
         self.downsample_layers = nn.ModuleList(
             [Downsampling(in_chans, embed_dims[0], conv, post_norm=norm_layer(embed_dims[0]))]
         )
-        conv = _choose("DOWNSAMPLE", downsample, DOWNSAMPLES)
+        conv = choose("MODEL.METAFORMER.DOWNSAMPLE", downsample, DOWNSAMPLES)
         for before, after in pairwise(embed_dims):
             self.downsample_layers.append(
                 Downsampling(before, after, conv, pre_norm=norm_layer(before))
@@ -234,11 +241,9 @@ class MetaFormer(Backbone):
             ]
             self.stages.append(nn.Sequential(*blocks))
         _check_feed_forward(self.mixers(), mixers, feed_forward)
+        for blocks in self.stages:
+            self.watch(*(block for block in blocks[-1:] if _shows_attention(block.token_mixer)))
 
-        # A dense task normalises each map instead of the pooled features; no parameter is there unused.
-        if num_classes == 0:
-            for stage, dim in enumerate(embed_dims):
-                self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=1e-6))
         self.norm: nn.Module = nn.Identity()
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
@@ -286,11 +291,22 @@ class MetaFormer(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier; 0 removes it.
+
+        A dense task normalises each map in place of the pooled features, so the norms of the one come when
+        those of the other go, and no parameter is there unused.
+        """
         self.num_classes = num_classes
-        if num_classes == 0:
-            self.head = nn.Identity()
-            return
         like = next(self.parameters())
+        for stage, info in enumerate(self.feature_info):
+            name = f"norm{stage}"
+            if num_classes and hasattr(self, name):
+                delattr(self, name)
+            elif not num_classes and not hasattr(self, name):
+                self.add_module(name, nn.LayerNorm(info["channels"], eps=1e-6).to(like))
+        if not num_classes:
+            self.norm, self.head = nn.Identity(), nn.Identity()
+            return
         if isinstance(self.norm, nn.Identity):
             self.norm = nn.LayerNorm(self.num_features, eps=1e-6).to(like)
         self.head = self._make_head(self.num_features, num_classes, drop=self.drop_rate)
@@ -328,15 +344,47 @@ class MetaFormer(Backbone):
             for mixer, way in ways:
                 mixer.fourier = way
 
+    def set_keep_rate(self, keep_rate: float | None = None) -> None:
+        """Run another share of the tokens from now on, without rebuilding, in training and evaluation.
+
+        It holds for the stages that were built with keep_rate < 1; all others run all of their tokens.
+        `set_progress` leaves the rate alone: there is no schedule like EViT's.
+
+        Args:
+            keep_rate: share of the tokens that run a block; 1 runs all, and None returns to the shares that
+                the stages were built with.
+
+        Raises:
+            ValueError: outside (0, 1], or no stage was built to keep a share.
+        """
+        mixers = [mixer for mixer in self.mixers() if isinstance(mixer, KeptTokens)]
+        if not mixers:
+            raise ValueError(
+                f"set_keep_rate({keep_rate}): no stage of this model keeps a share of its tokens; build one "
+                'with MODEL.METAFORMER.MIXERS "attention(keep_rate=0.7)", for example'
+            )
+        for mixer in mixers:
+            mixer.set_keep_rate(keep_rate)
+
     def token_maps(self) -> dict[str, Tensor]:
-        """Per stage whose mixers have maps: those, stacked over its blocks; for filters their amplitudes."""
-        maps = {}
+        """`stages.<i>` of a stage whose mixers have maps: those, stacked over its blocks.
+
+        They are kept tokens (blocks, B, H, W), granularities (blocks, B, rows, columns) or amplitudes of
+        filters, which need no forward. An attention of all tokens has its own names, for the last block of
+        its stage; see `Backbone.token_maps`, and `attention_maps` of the layers in `models/layers`.
+        """
+        maps = super().token_maps()
         for stage, blocks in enumerate(self.stages):
             mixers = [b.token_mixer for b in blocks if hasattr(b.token_mixer, "token_map")]
             found = [m for m in (mixer.token_map() for mixer in mixers) if m is not None]
             if found:
                 maps[f"stages.{stage}"] = torch.stack(found)
         return maps
+
+
+def _shows_attention(mixer: nn.Module) -> bool:
+    """Whether the mixer attends from all tokens, and tells what to."""
+    return hasattr(mixer, "attention_maps") and not isinstance(mixer, QueryMixer)
 
 
 def _linear_head(dim: int, num_classes: int, drop: float = 0.0) -> nn.Module:
@@ -348,16 +396,6 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "mlp": partial(Mlp, bias=False),
 }
 HEADS: dict[str, Callable[..., nn.Module]] = {"linear": _linear_head, "mlp": MlpHead}
-
-
-def _choose(key: str, name: str, choices: dict) -> object:
-    """choices[name]; ValueError names the key and the nearest choices."""
-    if name not in choices:
-        raise ValueError(
-            f"MODEL.METAFORMER.{key}='{name}' is unknown; did you mean one of {nearest(name, choices)}? "
-            f"All: {sorted(choices)}"
-        )
-    return choices[name]
 
 
 def _check_feed_forward(

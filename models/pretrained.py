@@ -1,16 +1,18 @@
 """Published weights into a model: any container, name prefix, image size, channel and class count.
 
-What was loaded, resized and left out is reported; what does not fit is an error, unless asked for.
+What was loaded, resized, remapped and left out is reported; what does not fit is an error, unless asked for.
 """
 
 import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.data import ImageNetInfo
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -19,7 +21,12 @@ from utils.spelling import nearest
 from utils.wrappers import unwrap
 
 from .backbone import CONSTANT_BUFFERS, Backbone
-from .layers.resize import resize_bias_table, resize_complex_filter, resize_position_grid
+from .layers.resize import (
+    ResizesTables,
+    resize_bias_table,
+    resize_complex_filter,
+    resize_position_grid,
+)
 from .layers.tokens import to_pair
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +37,15 @@ _EMA_CONTAINERS = ("ema", "model_ema", "state_dict_ema")
 _PREFIXES = ("module", "_orig_mod", "encoder", "backbone")
 # Where a model without classes has no classifier to ask for its name.
 _HEAD_NAMES = ("head", "head_dist", "classifier", "fc")
+
+# ImageNet-22k lacks one class of ImageNet-1k, the teddy bear. In its place Swin's list
+# (data/map22kto1k.txt) has the garment that is called "teddy" too.
+_STAND_INS = {"n04399382": "n03013580"}
+
+_UNKNOWN_GRID = (
+    "a grid of the file is neither square nor one of DATA.IMG_SIZE in its config: save the weights as "
+    "{'model': weights, 'config': {'DATA': {'IMG_SIZE': [height, width]}}}"
+)
 
 
 @dataclass
@@ -43,6 +59,8 @@ class LoadReport:
         unexpected: names in the file that the model lacks.
         resized: name -> (shape in the file, shape in the model).
         adapted: the same of a first convolution whose images have other channels.
+        remapped: the same of a classifier, whose rows for the classes of ImageNet-1k were taken from one for
+            ImageNet-22k.
         head_replaced: names of the model's classifier that stayed fresh, or of the file's that a model
             without classifier left out.
     """
@@ -53,6 +71,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     adapted: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    remapped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     head_replaced: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -62,6 +81,12 @@ class LoadReport:
             lines.append(f"  resized {len(self.resized)}: {_short(self.resized)}; {_short(sizes)}")
         for name, (old, new) in self.adapted.items():
             lines.append(f"  adapted to the channels of the images: {name}; {old} -> {new}")
+        if self.remapped:
+            places = ", ".join(f"{name}, has that of {like}" for name, like in _STAND_INS.items())
+            lines.append(
+                f"  remapped to the rows of ImageNet-1k: {_short(self.remapped)}; the one class that "
+                f"ImageNet-22k lacks, {places}"
+            )
         if self.head_replaced:
             lines.append(f"  classifier not taken from the file: {_short(self.head_replaced)}")
         if self.missing:
@@ -85,8 +110,9 @@ def load_pretrained(
 
     Position tables, bias tables and Fourier filters of another size are resampled by their papers'
     recipes. A first convolution for RGB is summed for grey images, and repeated and rescaled for other
-    channels. A classifier of another class count, or one that the file lacks, stays as the model built
-    it: call this before training, on a fresh model.
+    channels. Of a classifier for the 21841 classes of ImageNet-22k, a model of 1000 classes takes the rows
+    of ImageNet-1k. One of any other class count, or one that the file lacks, stays as the model built it:
+    call this before training, on a fresh model.
 
     Args:
         model: may be wrapped (DDP, torch.compile).
@@ -120,37 +146,42 @@ def load_pretrained(
             f"{type(model).__name__} has {_short(sorted(own), 3)}"
         )
     head = _head_prefixes(model)
+    if new_head:
+        _remap_head(weights, own, head, report)
     head_problem = _replace_head(weights, own, head, report)
-    misfits = {}
+    misfits, reasons = {}, []
     stem = _first_conv(model)
     image = _image_size(content)
     grids = model.position_tables() if isinstance(model, Backbone) else {}
     for key in sorted(weights.keys() & own.keys()):
         old, new = weights[key], own[key]
         shapes = (tuple(old.shape), tuple(new.shape))
-        if _same_layout(*shapes, grids.get(key), image):
-            continue
-        if new_head and key == stem and _differ_in_rgb_only(*shapes):
+        if new_head and key == stem and shapes[0] != shapes[1] and _differ_in_rgb_only(*shapes):
             weights[key] = adapt_input_conv(new.shape[1], old)
             report.adapted[key] = shapes
             continue
-        table = _resize(key, old, shapes[1], grids.get(key), image) if resize else None
-        if table is None:
-            misfits[key] = f"{key} {shapes[0]} instead of {shapes[1]}"
-            if resize and _is_position_table(key) and old.shape[2:] == new.shape[2:]:
-                misfits[key] += (
-                    ", neither a square grid nor one of DATA.IMG_SIZE in the file's config"
-                )
-            del weights[key]
-        else:
+        owner = model.get_submodule(key.rpartition(".")[0])
+        try:
+            table = _resize(owner, key, old, shapes[1], grids.get(key), image)
+        except ValueError as error:
+            table = None
+            if resize and str(error) not in reasons:
+                reasons.append(str(error))
+        if table is old:
+            continue
+        if table is not None and resize:
             weights[key] = table
             report.resized[key] = shapes
+        else:
+            misfits[key] = f"{key} {shapes[0]} instead of {shapes[1]}"
+            del weights[key]
     fresh_head = set(report.head_replaced)
     report.missing = sorted(own.keys() - weights.keys() - fresh_head)
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
     differences = model.dense_differences() if getattr(model, "num_classes", 1) == 0 else ()
-    _refuse_misfits(report, misfits, allow_partial, "" if new_head else head_problem, differences)
+    head_problem = "" if new_head else head_problem
+    _refuse_misfits(report, misfits, reasons, allow_partial, head_problem, differences)
     # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
     model.load_state_dict({k: weights[k] for k in own.keys() & weights.keys()}, strict=False)
     _LOG.info("%s", report)
@@ -288,6 +319,38 @@ def _replace_head(
     return problem + "train a new one first, with --pretrained and without --eval"
 
 
+def _remap_head(
+    weights: dict[str, Tensor], own: Mapping[str, Tensor], head: list[str], report: LoadReport
+) -> None:
+    """Turn the file's classifier into one for ImageNet-1k, if it is for ImageNet-22k and otherwise fits.
+
+    A model with several classifiers (DeiT distilled) keeps them as it built them.
+    """
+    ours = {name: own[name] for name in sorted(own) if _is_under(name, head)}
+    if len(head) != 1 or not ours.keys() <= weights.keys():
+        return
+    other = {n: t for n, t in ours.items() if weights[n].shape != t.shape}
+    if not other or any(
+        weights[name].shape != (21841, *tensor.shape[1:]) or tensor.shape[:1] != (1000,)
+        for name, tensor in other.items()
+    ):
+        return
+    rows = imagenet_1k_rows()
+    for name, tensor in other.items():
+        report.remapped[name] = (tuple(weights[name].shape), tuple(tensor.shape))
+        weights[name] = weights[name][rows]
+
+
+def imagenet_1k_rows() -> list[int]:
+    """Row of each class of ImageNet-1k among the 21841 of ImageNet-22k, both sorted by synset.
+
+    Swin's own list counts two synsets that are not among the 21841, so that 281 of its rows are those of the
+    next class or the one after it. From the first of the two on, TinyViT's list agrees with this one.
+    """
+    rows = {synset: row for row, synset in enumerate(ImageNetInfo("imagenet-22k").label_names())}
+    return [rows[_STAND_INS.get(name, name)] for name in ImageNetInfo("imagenet-1k").label_names()]
+
+
 def _first_conv(model: nn.Module) -> str | None:
     """Name of the weight that sees the images: that of the model's first convolution."""
     for name, module in model.named_modules():
@@ -312,18 +375,26 @@ def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _resize(
+    owner: nn.Module,
     key: str,
     old: Tensor,
     new: tuple[int, ...],
     grid: tuple[int, tuple[int, int], str] | None,
     image: tuple[int, int] | None,
 ) -> Tensor | None:
-    """Table `old` of the file in the model's shape `new`, or None if it is none that can be resampled.
+    """Tensor `old` of the file as the model has it: itself if it fits; None if it is no table.
 
     The file's grid is that of its images' size, if known and fitting, else square. The model's is
     square, unless it says otherwise: `grid` is (special tokens, (h, w), interpolation mode).
+
+    Raises:
+        ValueError: it is such a table and cannot be resized; says why.
     """
     leaf = key.rsplit(".", 1)[-1]
+    if isinstance(owner, ResizesTables):
+        return owner.resize_table(leaf, old, partial(_file_grid, image))
+    if _same_layout(tuple(old.shape), new, grid, image):
+        return old
     if _is_position_table(key):
         if old.ndim != 3 or len(new) != 3 or old.shape[2] != new[2]:
             return None
@@ -337,7 +408,7 @@ def _resize(
             if before and num_special + size[0] * size[1] == new[1]:
                 mode = grid[2] if grid else mode
                 return resize_position_grid(old, num_special, before, size, mode)
-        return None
+        raise ValueError(_UNKNOWN_GRID)
     if leaf == "relative_position_bias_table":
         if old.ndim != 2 or len(new) != 2 or old.shape[1] != new[1]:
             return None
@@ -368,6 +439,20 @@ def _same_layout(
     return _image_grid(old[1] - grid[0], image) in (None, grid[1])  # 8x8 has as many as 4x16
 
 
+def _file_grid(image: tuple[int, int] | None, length: int, own: tuple[int, int]) -> tuple[int, int]:
+    """Grid (h, w) of `length` patches in the file: of its images, else the model's `own`, else square.
+
+    Raises:
+        ValueError: none of these has so many.
+    """
+    side = _root(length)
+    square = (side, side) if side else None
+    grid = _image_grid(length, image) or (own if math.prod(own) == length else square)
+    if grid is None:
+        raise ValueError(_UNKNOWN_GRID)
+    return grid
+
+
 def _image_grid(length: int, image: tuple[int, int] | None) -> tuple[int, int] | None:
     """Grid (h, w) of `length` patches of an image, or None if there is none."""
     for stride in range(1, max(image) + 1) if image else ():
@@ -392,6 +477,7 @@ def _root(number: int) -> int | None:
 def _refuse_misfits(
     report: LoadReport,
     misfits: Mapping[str, str],
+    reasons: Iterable[str],
     allow_partial: bool,
     head_problem: str,
     differences: Iterable[str] = (),
@@ -402,7 +488,7 @@ def _refuse_misfits(
     """
     problems = []
     if misfits and not allow_partial:
-        problems.append(f"other shapes: {_short(misfits.values())}")
+        problems += [f"other shapes: {_short(misfits.values())}", *reasons]
     missing = [
         name for name in report.missing if name not in misfits and not _is_under(name, differences)
     ]

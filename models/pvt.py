@@ -16,19 +16,16 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
 from .layers.resize import resize_position_grid, same_size
 from .layers.spatial_reduction import SpatialReductionAttention
 from .layers.table_cache import TableCache
-from .layers.tokens import to_map, to_pair, to_tokens
+from .layers.tokens import Size, to_map, to_pair, to_tokens
 from .registry import register
 
-LAYER_NORM_EPS = 1e-6  # of blocks and head; patch embeddings and reductions keep PyTorch's 1e-5
 NUM_STAGES = 4
-
-Size = tuple[int, int]
 
 
 class PyramidBlock(nn.Module):
@@ -51,6 +48,10 @@ class PyramidBlock(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x), size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def mixing(self, x: Tensor, size: Size) -> tuple[nn.Module, tuple[Tensor, Size]]:
+        """The attention, and what it gets for tokens (B, N, C) of a map of `size`."""
+        return self.attn, (self.norm1(x), size)
+
 
 class PyramidTransformer(Backbone):
     """The frame that PVT, DPVT and PVT-DGE fill with their blocks.
@@ -64,6 +65,8 @@ class PyramidTransformer(Backbone):
             It stays when num_classes is 0: the maps depend on it through keys and values.
         img_size: size that the position tables are stored for; other sizes are accepted.
         num_classes: 0 also leaves out the final norm, which the maps do not pass.
+
+    `token_maps` has the last `PyramidBlock` of each stage.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class PyramidTransformer(Backbone):
             positions = table(self.num_special[stage] + grid[0] * grid[1], dim)
             self.register_parameter(f"pos_embed{stage + 1}", positions)
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
+            self.watch(*(block for block in blocks[-1:] if isinstance(block, PyramidBlock)))
         self.pos_drop = nn.Dropout(drop_rate)
         self.norm: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
@@ -179,10 +183,12 @@ class PyramidTransformer(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier; the norm before it is made with the first one, and then stays."""
+        """Replace the classifier; the norm before it comes and goes with it."""
         self.num_classes = num_classes
-        if num_classes and isinstance(self.norm, nn.Identity):
-            self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
+        if not num_classes:
+            self.norm = nn.Identity()
+        elif isinstance(self.norm, nn.Identity):
+            self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS).to(self.pos_embed1)
         self.head = new_classifier(self.num_features, num_classes).to(self.pos_embed1)
 
     def dense_differences(self) -> tuple[str, ...]:
@@ -210,6 +216,10 @@ class PyramidTransformer(Backbone):
 @register("pvt")
 class PVT(PyramidTransformer):
     """Four stages of blocks with spatial-reduction attention; the class token of the last is classified.
+
+    `token_maps`: of the last block of each stage `attention` (B, heads, ceil(H/R), ceil(W/R)), what a cell of
+    the reduced map gets from all tokens, on average; in the last stage the class token, which is left out,
+    gets the rest.
 
     Args:
         sr_ratios: per stage, how many times the map of keys and values is smaller per side.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
 from .layers.resize import resize_position_grid
@@ -47,7 +48,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reduction(self.norm(space_to_depth(x)))
@@ -58,52 +59,66 @@ class PostNormPatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(space_to_depth(x)))
 
 
-class SwinBlock(nn.Module):
-    """Window attention and MLP, each behind a norm (Swin, Eq. 3): (B, H, W, C) -> (B, H, W, C)."""
+class WindowBlock(nn.Module):
+    """Mixing within windows and MLP, each behind a norm (Swin, Eq. 3): (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
+    # What the published state dict calls the layer that mixes.
+    mixer_name: str
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
+        self.add_module(self.mixer_name, mixer)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
-        self.register_buffer("attn_mask", attn.shift_mask())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), self.attn_mask))
+        mixer, inputs = self.mixing(x)
+        x = x + self.drop_path(mixer(*inputs))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def mixing(self, x: Tensor) -> tuple[nn.Module, tuple[Tensor | None, ...]]:
+        """The layer that mixes, and what it is given."""
+        return self.get_submodule(self.mixer_name), (self.norm1(x),)
+
+
+class SwinBlock(WindowBlock):
+    """`WindowBlock` with attention."""
+
+    mixer_name = "attn"
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
+        super().__init__(dim, attn, mlp_ratio, drop, drop_path)
+        self.register_buffer("attn_mask", attn.shift_mask())
+
+    def mixing(self, x: Tensor) -> tuple[nn.Module, tuple[Tensor | None, ...]]:
+        return self.attn, (self.norm1(x), self.attn_mask)
 
 
 class PostNormSwinBlock(SwinBlock):
     """`SwinBlock` that normalises what each branch adds (Swin V2, Sec. 3.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.norm1(self.attn(x, self.attn_mask)))
+        attn, inputs = self.mixing(x)
+        x = x + self.drop_path(self.norm1(attn(*inputs)))
         return x + self.drop_path(self.norm2(self.mlp(x)))
 
+    def mixing(self, x: Tensor) -> tuple[nn.Module, tuple[Tensor | None, ...]]:
+        return self.attn, (x, self.attn_mask)
 
-class SwinMlpBlock(nn.Module):
-    """`SwinBlock` with one matrix per head instead of attention: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int, mixer: WindowMlp, mlp_ratio: float, drop: float, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.spatial_mlp = mixer
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, mlp_ratio, drop=drop)
+class SwinMlpBlock(WindowBlock):
+    """`WindowBlock` with one matrix per head in place of attention."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.spatial_mlp(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    mixer_name = "spatial_mlp"
 
 
 class SwinStage(nn.Module):
@@ -121,6 +136,9 @@ class SwinBackbone(Backbone):
     `forward_features` gives (B, H/32, W/32, C). `forward_pyramid` gives the output of each stage
     before merging: normalised by `norm0`, `norm1`, ... if built with `num_classes=0`, where these
     take the place of `norm`, and as it is otherwise.
+
+    `token_maps`: of the last block of each stage `attention` (B, heads, H, W), what a position gets from
+    those of its window, on average. Positions are those of the map: unshifted, and without padding.
 
     Args:
         make_block: (plan, index of the block in its stage) -> block.
@@ -175,12 +193,10 @@ class SwinBackbone(Backbone):
             )
             for plan in plans
         )
+        last_blocks = [stage.blocks[-1] for stage in self.layers]
+        self.watch(*(block for block in last_blocks if isinstance(block, SwinBlock)))
         self.stage_norms = num_classes == 0
-        if self.stage_norms:
-            for i, dim in enumerate(dims):
-                self.add_module(f"norm{i}", nn.LayerNorm(dim))
-        else:
-            self.norm = nn.LayerNorm(self.num_features)
+        set_stage_norms(self, dims, self.stage_norms)
         self.head = nn.Identity()
         self.apply(init_vit_)
         self.head = new_classifier(self.num_features, num_classes)
@@ -224,7 +240,12 @@ class SwinBackbone(Backbone):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier; 0 makes `norm` that of the last stage, another number brings it back."""
         self.num_classes = num_classes
+        if self.stage_norms != (num_classes == 0):
+            self.stage_norms = num_classes == 0
+            dims = [info["channels"] for info in self.feature_info]
+            set_stage_norms(self, dims, self.stage_norms)
         self.head = new_classifier(self.num_features, num_classes).to(self.patch_embed.proj.weight)
 
     def no_weight_decay(self) -> set[str]:
@@ -281,6 +302,25 @@ def plan_stages(
         shrunk = (-(-grid[0] // 2**i), -(-grid[1] // 2**i))
         plans.append(StagePlan(i, dim, heads, shrunk, rates))
     return grid, plans
+
+
+def set_stage_norms(model: nn.Module, dims: Sequence[int], per_stage: bool) -> None:
+    """Give `model` one norm per stage, `norm0`, `norm1`, ..., or `norm` for the last stage only.
+
+    From one to the other the norm of the last stage keeps its weights, and the others are fresh.
+    """
+    names = [f"norm{i}" for i in range(len(dims))]
+    last = getattr(model, "norm", getattr(model, names[-1], None))
+    if last is None:
+        last = nn.LayerNorm(dims[-1])
+    for name in {"norm", *names} & model._modules.keys():
+        delattr(model, name)
+    if not per_stage:
+        model.norm = last
+        return
+    for name, dim in zip(names[:-1], dims[:-1], strict=True):
+        model.add_module(name, nn.LayerNorm(dim).to(last.weight))
+    model.add_module(names[-1], last)
 
 
 def stage_prefixes(layers: nn.ModuleList) -> list[tuple[str, ...]]:
@@ -431,6 +471,9 @@ class SwinMlp(SwinBackbone):
     """Swin-MLP: one matrix over the tokens of a window per head takes the place of attention.
 
     The matrices keep their window at every input size, so small maps are padded up to it.
+
+    `token_maps`: of the last block of each stage its matrices `filters` (heads, N, N), what each of the N
+    positions of a window takes from each, row by row; they need no forward.
     """
 
     def __init__(
@@ -474,3 +517,11 @@ class SwinMlp(SwinBackbone):
             if isinstance(module, WindowMlp):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def token_maps(self) -> dict[str, Tensor]:
+        maps = {}
+        for i, stage in enumerate(self.layers):
+            mixer = stage.blocks[-1].spatial_mlp
+            name = f"filters::layers.{i}.blocks.{len(stage.blocks) - 1}.spatial_mlp"
+            maps[name] = mixer.weight.detach().unflatten(0, (mixer.groups, -1))[..., 0]
+        return maps

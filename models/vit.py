@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.attention import Attention
-from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
 from .layers.resize import resize_position_grid
 from .layers.tokens import to_map, to_pair, to_tokens
 from .registry import register
-
-LAYER_NORM_EPS = 1e-6
 
 
 class Block(nn.Module):
@@ -54,10 +52,17 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def mixing(self, x: Tensor, size: tuple[int, int]) -> tuple[nn.Module, tuple]:
+        """The attention, and what it gets for tokens (B, N, C) of a map of `size`."""
+        return self.attn, (self.norm1(x), size)
+
 
 @register("deit", node="DEIT")
 class VisionTransformer(Backbone):
     """Patch tokens and special tokens through equal blocks; the special tokens are classified.
+
+    `token_maps`: of the last block `attention` (B, heads, h, w) of the class token to the patches, without
+    class token the mean over all patches.
 
     Args:
         img_size: size that `pos_embed` is stored for; other sizes are accepted.
@@ -121,7 +126,11 @@ class VisionTransformer(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, N, C), special ones first."""
-        return self.norm(self.run_blocks(self.blocks, self.embed(x)))
+        grid = self.grid_of(x)
+        *blocks, last = self.blocks
+        x = self.run_blocks(blocks, self.embed(x))
+        self.remember(last, x, grid)
+        return self.norm(self.run_block(last, x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Tokens (B, N, C) -> logits (B, num_classes), or features (B, C) of the special tokens.

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from engine import evaluate, measure_throughput
+from models.vit import VisionTransformer
 from tasks.classification import ClassificationTask
 from utils.amp import Amp
 
@@ -45,6 +46,17 @@ def test_evaluation_leaves_no_trace():
     assert not model.body[1].training
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     assert first["images"] == 10
+
+
+def test_evaluation_leaves_no_activations_behind():
+    model = VisionTransformer(
+        img_size=4, patch_size=2, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
+    with torch.no_grad():
+        model.eval()(batches()[0][0])
+    assert model.token_maps()
+    score(model)
+    assert model.token_maps() == {}
 
 
 def test_modes_come_back_after_an_error():

@@ -39,7 +39,9 @@ def test_a_misspelt_keyword_is_an_error():
 
 
 def test_dependencies_are_what_the_models_import():
-    assert set(hubconf.dependencies) == third_party(ROOT / "hubconf.py", seen=set())
+    # Triton is imported where it is installed, and does without where it is not.
+    imported = third_party(ROOT / "hubconf.py", seen=set()) - {"triton"}
+    assert set(hubconf.dependencies) == imported
 
 
 def third_party(path: Path, seen: set[Path]) -> set[str]:

@@ -290,7 +290,7 @@ def test_throughput_and_info_need_no_data():
         (["--opts", "TRAIN.OPTIMIZER.BETAS", "[0.9, 0.9, 0.9]"], "OPTIMIZER.BETAS"),
         (["--opts", "MODEL.NUM_CLASSES", "7"], "MODEL.NUM_CLASSES=7"),
         (["--opts", "AMP_OPT_LEVEL", "O1"], "NVIDIA Apex"),
-        (["--info", "--opts", "MODEL.DHVT.NUM_HEADS", "3"], "num_heads 3"),
+        (["--info", "--opts", "MODEL.DHVT.NUM_HEADS", "3"], "MODEL.DHVT: num_heads=3"),
     ],
 )
 def test_mistakes_on_the_command_line_stop_before_any_work(args, message, capsys):

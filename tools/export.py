@@ -2,11 +2,12 @@
 
     python tools/export.py --cfg configs/dhvt/dhvt_tiny_cifar_patch4.yaml --resume best.pth --output exported
     python tools/export.py --cfg configs/pvt/pvt_tiny_256.yaml --format onnx --dynamic-size --output exported
+    python tools/export.py --cfg configs/dfvt/dfvt_tiny.yaml --fold --output exported
 
 The batch size stays free. The image size is that of the config, or with --dynamic-size any multiple of
 the model's largest stride, two at least. Fourier mixers become real matrix products
-(`layers/fourier.py`), EViT keeps its final share of patches, grained encoders ask all candidates and
-weight them by their gates (`set_dense_evaluation`): the numbers are those of the model.
+(`layers/fourier.py`), EViT and mixers with a keep rate keep the share of tokens in force, grained queries
+are all computed and weighted by their gates (`set_dense_evaluation`): the numbers are those of the model.
 
 Every file is loaded again and run on fresh random images at other batch sizes. `export.json` says what
 was written and how exact it is.
@@ -33,12 +34,13 @@ sys.path.insert(0, str(ROOT))
 from config import load_config, output_dir  # noqa: E402  found through the line above
 from main import build_placed, known_classes, load_weights, source_of  # noqa: E402
 from models import Backbone  # noqa: E402
-from models.dge import set_dense_evaluation  # noqa: E402
+from models.folding import fold_batch_norms  # noqa: E402
 from models.layers.fourier import set_fourier_way  # noqa: E402
-from models.layers.grained import GrainedQueries  # noqa: E402
+from models.layers.grained import GrainedQueries, set_dense_evaluation  # noqa: E402
 from models.layers.point_sampling import PointSampledAttention  # noqa: E402
 from models.layers.tokens import to_pair  # noqa: E402
 from models.layers.window import Windowed, WindowMlp  # noqa: E402
+from models.mixers.queries import KeptTokens  # noqa: E402
 
 FORMATS = {"onnx": ".onnx", "export": ".pt2", "torchscript": ".torchscript.pt"}
 TOLERANCE = 1e-4  # relative error of the logits
@@ -51,6 +53,7 @@ FIXED_SIZE_LAYERS: dict[type[nn.Module], str] = {
     Windowed: "it cuts the map into windows, whose number, padding and masks depend on the size",
     WindowMlp: "it cuts the map into windows, whose number and padding depend on the size",
     GrainedQueries: "its index tables are made per size",
+    KeptTokens: "how many tokens it keeps is planned per size",
     PointSampledAttention: "its samples are scaled by the size in Python",
 }
 
@@ -67,6 +70,7 @@ def export_model(
     name: str = "model",
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
+    fold: bool = False,
 ) -> dict[str, Any]:
     """Write `model` in some formats, run the files, and say what came out; the model is not changed.
 
@@ -76,6 +80,7 @@ def export_model(
         folder: made if it does not exist; gets `name` + suffix for each format, and `export.json`.
         dynamic_batch: the files take any number of images.
         dynamic_size: the files take any sides that are multiples of the model's largest stride.
+        fold: batch norms become part of the convolutions before them.
 
     Returns:
         The content of `export.json`. Per format: `file`, `size_mib`, `relative_error` (the largest),
@@ -100,13 +105,14 @@ def export_model(
         input=list(example.shape),
         dynamic_batch=dynamic_batch,
         size_multiple_of=step,
+        folded=fold,
         formats={},
     )
     # In no-grad mode: autograd functions and views of parameters would be in the graphs.
     with torch.no_grad():
         checks = _check_images(example, dynamic_batch, step)
         expected = [reference(images) for images in checks]
-        prepared = prepare(model)
+        prepared = prepare(fold_batch_norms(model) if fold else model)
         program, seconds = None, 0.0
         if {"onnx", "export"} & set(formats):
             start = time.perf_counter()
@@ -303,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--output", metavar="DIR", help="folder; by default that of the experiment")
     parser.add_argument("--dynamic-size", action="store_true", help="leave the image size open")
+    parser.add_argument("--fold", action="store_true", help="fold batch norms into convolutions")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
@@ -323,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.output or output_dir(config) / "export",
             config.MODEL.NAME,
             dynamic_size=args.dynamic_size,
+            fold=args.fold,
         )
     except (ValueError, ImportError, FileNotFoundError, ExportError) as error:
         parser.error(str(error))

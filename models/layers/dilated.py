@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import kernels
+from .checks import check_heads
+
 
 class DilatedAttention(nn.Module):
     """Attention of each position to its k x k neighbours at a distance that depends on the head.
@@ -34,14 +37,15 @@ class DilatedAttention(nn.Module):
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(
                 f"kernel_size={kernel_size} must be odd, so that a window has a centre; take "
-                f"{kernel_size + 1}"
+                f"{max(kernel_size, 0) + 1}"
             )
         if not dilation or min(dilation) < 1:
             raise ValueError(f"dilation={list(dilation)} must be positive numbers of pixels")
-        if dim % num_heads or num_heads % len(dilation):
+        check_heads(dim, num_heads)
+        if num_heads % len(dilation):
             raise ValueError(
-                f"{dim} channels in num_heads={num_heads} heads for dilation={list(dilation)}: "
-                f"num_heads must divide the channels and be a multiple of {len(dilation)}"
+                f"num_heads={num_heads} heads for dilation={list(dilation)} must be a multiple of "
+                f"{len(dilation)}: each entry has as many heads"
             )
         self.num_heads = num_heads
         self.kernel_size, self.dilation = kernel_size, tuple(dilation)
@@ -51,20 +55,33 @@ class DilatedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        # Batched products read and write transposed operands: planes come out without a copy.
-        weight = self.qkv.weight.flatten(1).expand(batch, -1, -1)
-        qkv = _product(weight, x.flatten(1, 2).transpose(1, 2), self.qkv.bias, dim=1)  # B 3C HW
-        x = dilated_attention(
-            qkv.unflatten(2, (height, width)),
-            self.num_heads,
-            self.kernel_size,
-            self.dilation,
-            self.scale,
-        )
-        weight = self.proj.weight.t().expand(batch, -1, -1)
+        size = (x.shape[1], x.shape[2])
+        args = (self.num_heads, self.kernel_size, self.dilation, self.scale)
+        if kernels.available(x):
+            # On a GPU all stays in the order that a linear layer reads and writes.
+            qkv = F.linear(x, self.qkv.weight.flatten(1), self.qkv.bias)  # B H W 3C
+            return self.proj(kernels.dilated_attention(qkv, *args))
+        x = dilated_attention(self._queries_keys_values(x), *args)  # B C H W
+        weight = self.proj.weight.t().expand(x.shape[0], -1, -1)
         x = _product(x.flatten(2).transpose(1, 2), weight, self.proj.bias, dim=2)  # B HW C
-        return x.unflatten(1, (height, width))
+        return x.unflatten(1, size)
+
+    def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
+        """`attention` (B, heads, k * k, H, W): from each position to its neighbours, row by row.
+
+        Neighbours outside the image count.
+        """
+        qkv = self._queries_keys_values(x)
+        qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+        _, probs = _forward(qkv, self.num_heads, self.kernel_size, self.dilation, self.scale)
+        return {"attention": torch.cat(probs, dim=1)}
+
+    def _queries_keys_values(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, 3C, H, W)."""
+        # Batched products read and write transposed operands: planes come out without a copy.
+        weight = self.qkv.weight.flatten(1).expand(x.shape[0], -1, -1)
+        qkv = _product(weight, x.flatten(1, 2).transpose(1, 2), self.qkv.bias, dim=1)  # B 3C HW
+        return qkv.unflatten(2, (x.shape[1], x.shape[2]))
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, dim: int) -> Tensor:

@@ -9,7 +9,7 @@ Shapes:     B batch, E extra tokens (class token) before the map, N = E + H*W to
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from . import kernels
 from .attention import merge_heads, split_heads
-from .tokens import to_map, to_tokens
+from .tokens import Size, to_map, to_tokens
 
-Size = tuple[int, int]
+# What a block adds to queries (L, C): `change(rows, lengths)`, with `lengths` as in `ragged_attention`.
+Change = Callable[[Tensor, list[int] | None], Tensor]
 
 # How probable the first granularity is before training.
 FIRST_PROB = 0.95
@@ -60,16 +62,27 @@ class Router(nn.Module):
 class GrainedQueries(nn.Module):
     """Makes the candidate queries of a map, routes its regions, and spreads results over the tokens.
 
+    Training computes all granularities and weights them by the gates; evaluation computes the chosen
+    queries only. Both agree where the gates are one-hot.
+
     Args:
         splits: patches per side of a region, for each granularity; the largest is the side of a region in
             tokens. The published models choose among (4, 2, 1).
+
+    Attributes:
+        dense_evaluation: evaluate as in training, see `set_dense_evaluation`.
     """
+
+    dense_evaluation = False
 
     def __init__(self, dim: int, splits: Sequence[int] = (4, 2, 1)):
         super().__init__()
-        self.region = max(splits)
-        if any(split < 1 or self.region % split for split in splits):
-            raise ValueError(f"SPLITS={list(splits)}: each entry must divide the largest one")
+        self.region = max(splits, default=0)
+        if not splits or any(split < 1 or self.region % split for split in splits):
+            raise ValueError(
+                f"SPLITS={list(splits)} must be positive numbers that each divide the largest one, "
+                "such as [4, 2, 1]"
+            )
         self.steps = [self.region // split for split in splits]
         # Part of published checkpoints; the computation reads `steps`, which no device has to be asked for.
         self.register_buffer("splits", torch.tensor(list(splits), dtype=torch.int64))
@@ -90,6 +103,27 @@ class GrainedQueries(nn.Module):
         else:
             gates = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype)
         return torch.cat([x[:, :extra], *levels], dim=1), Routing(logits, gates)
+
+    def ask(self, x: Tensor, size: Size, change: Change) -> tuple[Tensor, Routing]:
+        """Tokens (B, N, C) plus what `change` adds to the queries that stand for them, and the routing."""
+        candidates, routing = self(x, size)
+        ask = self.ask_all if self.training or self.dense_evaluation else self.ask_chosen
+        return ask(x, candidates, routing.gates, size, change), routing
+
+    def ask_all(
+        self, x: Tensor, candidates: Tensor, gates: Tensor, size: Size, change: Change
+    ) -> Tensor:
+        """Tokens (B, N, C) plus the changes of all candidates (B, T, C), weighted by gates (B, R, S)."""
+        changes = change(candidates.flatten(0, 1), None).unflatten(0, candidates.shape[:2])
+        return x + self.spread_all(changes, gates, size)
+
+    def ask_chosen(
+        self, x: Tensor, candidates: Tensor, gates: Tensor, size: Size, change: Change
+    ) -> Tensor:
+        """Tokens (B, N, C) plus the changes of the candidates that one-hot gates (B, R, S) choose."""
+        chosen = self.select(gates, size, extra=x.shape[1] - size[0] * size[1])
+        rows = candidates.flatten(0, 1).index_select(0, chosen.candidates)  # L C
+        return x + change(rows, chosen.lengths)[chosen.row_of_token]
 
     def num_queries(self, gates: Tensor, size: Size, extra: int) -> Tensor:
         """Gates (B, R, S) -> queries per image (B,), differentiable."""
@@ -137,6 +171,17 @@ class GrainedQueries(nn.Module):
         return _layout(size, self.region, tuple(self.steps), extra, device)
 
 
+def set_dense_evaluation(model: nn.Module, enable: bool) -> None:
+    """Let all grained queries of `model` be computed in evaluation too, weighted by the one-hot gates.
+
+    The outputs stay the same up to rounding, the work is that of training, and no shape depends on what
+    the images show: graphs can be exported.
+    """
+    for module in model.modules():
+        if isinstance(module, GrainedQueries):
+            module.dense_evaluation = enable
+
+
 class Selection(NamedTuple):
     """The chosen candidates of a batch as rows, image after image."""
 
@@ -181,9 +226,9 @@ def _make_layout(
     start = extra
     for level, step in enumerate(steps):
         cells = _cells(size, step)
-        region_of.append(_coarser(cells, region // step, device))
+        region_of.append(coarser_cells(cells, region // step, device))
         level_of.append(torch.full_like(region_of[-1], level))
-        cover.append(start + _coarser(size, step, device))
+        cover.append(start + coarser_cells(size, step, device))
         counts = torch.zeros(num_regions, device=device)
         ones = torch.ones_like(region_of[-1], dtype=counts.dtype)
         patches.append(counts.index_add(0, region_of[-1], ones))
@@ -193,7 +238,7 @@ def _make_layout(
         region_of_candidate,
         level_of_candidate,
         region_of_candidate * len(steps) + level_of_candidate,
-        _coarser(size, region, device),
+        coarser_cells(size, region, device),
         torch.stack(cover),
         torch.stack(patches, dim=1),
     )
@@ -204,7 +249,7 @@ def _cells(size: Size, step: int) -> Size:
     return (-(-size[0] // step), -(-size[1] // step))
 
 
-def _coarser(size: Size, factor: int, device: torch.device) -> Tensor:
+def coarser_cells(size: Size, factor: int, device: torch.device) -> Tensor:
     """(H*W,): for each cell of a map the index of its cell in the map that is `factor` times coarser."""
     rows, columns = (torch.arange(n, device=device) // factor for n in size)
     return (rows[:, None] * _cells(size, factor)[1] + columns).flatten()
@@ -230,6 +275,8 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None)
     """
     if lengths is None or len(set(lengths)) == 1:
         return _attend(q.unflatten(0, (k.shape[0], -1)), k, v).flatten(0, 1)
+    if kernels.available(q, k.shape[-1]):
+        return kernels.ragged_attention(q, k, v, lengths)
     if splits_rows(q.device):
         images = zip(q.split(lengths), k.split(1), v.split(1), strict=True)
         return torch.cat([_attend(rows[None], *kv)[0] for rows, *kv in images])

@@ -6,6 +6,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .attention import Attention, merge_heads, split_heads
+from .token_maps import attention_received
 
 
 class HIAttention(Attention):
@@ -36,13 +37,7 @@ class HIAttention(Attention):
 
     def forward(self, x: Tensor, cls: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         length = x.shape[1]
-        pooled = x.mean(dim=1, keepdim=True)
-        if cls is not None:
-            pooled = pooled + (cls - pooled) / (length + 1)  # the class token counts as one more
-        tokens = (
-            [x, self._head_tokens(pooled)] if cls is None else [x, cls, self._head_tokens(pooled)]
-        )
-        q, k, v = split_heads(self.qkv(torch.cat(tokens, dim=1)), self.num_heads, 3)
+        q, k, v = split_heads(self.qkv(self._with_head_tokens(x, cls)), self.num_heads, 3)
         if cls is None:
             q = q[:, :, :length]  # nothing reads the head tokens' outputs
         dropout = self.attn_drop if self.training else 0.0
@@ -52,6 +47,28 @@ class HIAttention(Attention):
             cls = y[:, length : length + 1] + y[:, length + 1 :].mean(dim=1, keepdim=True)
             cls = self.proj_drop(cls)
         return self.proj_drop(y[:, :length]), cls
+
+    def attention_maps(self, x: Tensor, cls: Tensor | None = None) -> dict[str, Tensor]:
+        """(B, H, W, C), and a class token (B, 1, C) -> `attention` (B, heads, H, W) to each position.
+
+        It is that of the class token, or without one the mean over all positions. What goes to class and
+        head tokens is left out, so that rows sum to less than 1.
+        """
+        size, length = (x.shape[1], x.shape[2]), x.shape[1] * x.shape[2]
+        tokens = self._with_head_tokens(x.flatten(1, 2), cls)
+        q, k, _ = split_heads(self.qkv(tokens), self.num_heads, 3)
+        asking = slice(length) if cls is None else slice(length, length + 1)
+        received = attention_received(q[:, :, asking], k, self.scale)
+        return {"attention": received[..., :length].unflatten(-1, size)}
+
+    def _with_head_tokens(self, x: Tensor, cls: Tensor | None) -> Tensor:
+        """Tokens (B, N, C) and a class token (B, 1, C) or None -> both, then the head tokens."""
+        pooled = x.mean(dim=1, keepdim=True)
+        if cls is None:
+            return torch.cat([x, self._head_tokens(pooled)], dim=1)
+        # The class token counts as one more.
+        pooled = pooled + (cls - pooled) / (x.shape[1] + 1)
+        return torch.cat([x, cls, self._head_tokens(pooled)], dim=1)
 
     def _head_tokens(self, pooled: Tensor) -> Tensor:
         """Mean token (B, 1, C) -> head tokens (B, heads, C)."""

@@ -4,6 +4,9 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
+# Of the norms of blocks and before the head in ViT and its relatives; PyTorch's own is 1e-5.
+LAYER_NORM_EPS = 1e-6
+
 
 def init_vit_(module: nn.Module) -> None:
     """For `model.apply`: Linear N(0, 0.02) cut at +-2 and bias 0, norms 1 and 0.

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_heads
+from .linear import Linear
+
 # The published models slow the learning of the positions down by this factor.
 OFFSET_GRADIENT_SCALE = 0.1
 
@@ -20,27 +23,37 @@ class PointSampledAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_points: int = 4, proj_drop: float = 0.0):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        check_heads(dim, num_heads)
+        if num_points < 1:
+            raise ValueError(f"num_points={num_points} must be at least 1 per query and head")
         self.num_heads = num_heads
         self.num_points = num_points
-        self.v = nn.Linear(dim, dim)
-        self.attn_weight = nn.Linear(dim, num_heads * num_points)
-        self.offsets = nn.Linear(dim, num_heads * num_points * 2)
-        self.proj = nn.Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.attn_weight = Linear(dim, num_heads * num_points)
+        self.offsets = Linear(dim, num_heads * num_points * 2)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        per_point = (self.num_heads, self.num_points)
         values = self.v(x).unflatten(-1, (self.num_heads, -1))  # B N h d
+        points, weights = self.samples(x, size)
+        sample = sample_rows if gathers_rows(x.device) else sample_maps
+        x = sample(values.to(points.dtype), points, weights, size).to(values.dtype)
+        return self.proj_drop(self.proj(x))
+
+    def samples(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) of a map -> points (B, N, h, P, 2) and weights (B, N, h, P), see `sample_maps`."""
+        per_point = (self.num_heads, self.num_points)
         # Half precision cannot hold pixel coordinates: 300.5 has no bfloat16.
         wide = torch.promote_types(x.dtype, torch.float32)
-        weights = self.attn_weight(x).unflatten(-1, per_point).to(wide).softmax(-1)  # B N h P
-        offsets = self.offsets(x).unflatten(-1, (*per_point, 2)).to(wide)  # B N h P 2
-        points = pixel_positions(size, offsets)[:, None, None] + slow_gradient(offsets)
-        sample = sample_rows if gathers_rows(x.device) else sample_maps
-        x = sample(values.to(wide), points, weights, size).to(values.dtype)
-        return self.proj_drop(self.proj(x))
+        weights = self.attn_weight(x).unflatten(-1, per_point).to(wide).softmax(-1)
+        offsets = self.offsets(x).unflatten(-1, (*per_point, 2)).to(wide)
+        return pixel_positions(size, offsets)[:, None, None] + slow_gradient(offsets), weights
+
+    def attention_maps(self, x: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """`points` (B, h, P, H, W, 2) of the query at each position, and their weights `attention`."""
+        points, weights = (part.movedim(1, 3).unflatten(3, size) for part in self.samples(x, size))
+        return {"points": points, "attention": weights}
 
     def init_ring_(self) -> None:
         """Start with the points on rays around the query, head j in the direction 2 pi j / heads."""

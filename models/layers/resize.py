@@ -1,10 +1,32 @@
 """How tables with a spatial meaning follow the input size; the identity at their own size."""
 
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import without_autocast
+
+# (positions, the model's grid) -> grid (h, w) that so many positions had in the file; ValueError if unknown.
+FileGrid = Callable[[int, tuple[int, int]], tuple[int, int]]
+
+
+@runtime_checkable
+class ResizesTables(Protocol):
+    """A layer whose parameters follow the input size in a way of their own; `models/pretrained.py` asks."""
+
+    def resize_table(self, name: str, old: Tensor, file_grid: FileGrid) -> Tensor | None:
+        """Parameter or buffer `name` of a file -> this layer's; `old` itself if it fits.
+
+        Returns:
+            None if `old` is another kind of table, such as one of another head count.
+
+        Raises:
+            ValueError: such a table has no equivalent here; says why, and what to do.
+        """
+        ...
 
 
 def same_size(old: tuple[int, int], new: tuple[int, int]) -> bool:

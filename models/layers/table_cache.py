@@ -23,7 +23,7 @@ class TableCache:
         Nothing is kept where the table needs a gradient, or where the compiler records the operations.
         """
         learns = table.requires_grad and torch.is_grad_enabled()
-        if learns or table.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or learns or table.is_inference():
             return resize(table)
         entry = self._entries.get(name)
         if entry is None or not _is_current(entry, table, size):

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+Size = tuple[int, int]  # height and width
+
 
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H*W, C)."""

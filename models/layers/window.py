@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .resize import resize_bias_table
+from .checks import check_heads
+from .linear import Linear, linear
+from .resize import FileGrid, resize_bias_table
+from .token_maps import attention_probabilities
 
 # Added to the logits of keys in another region of a shifted window; finite in the released models.
 OTHER_REGION = -100.0
@@ -133,7 +136,7 @@ class Windowed(nn.Module):
     Args:
         grid: map size (H, W) that the parameters are made for.
         window_size, shift: of the configuration; see `effective_window`.
-        scale: factor on the logits.
+        scale: factor on the logits; None takes head_dim ** -0.5.
         fixed_windows: never shrink the window and let padding take part as ordinary keys, as the
             detection backbone of DFvT does.
     """
@@ -145,22 +148,29 @@ class Windowed(nn.Module):
         grid: tuple[int, int],
         window_size: int,
         shift: int,
-        scale: float,
+        scale: float | None,
         qkv_bias: bool,
         proj_drop: float,
         fixed_windows: bool = False,
     ):
         super().__init__()
+        check_heads(dim, num_heads)
+        if window_size < 1:
+            raise ValueError(f"window_size={window_size} must be at least 1")
+        if not 0 <= shift < window_size:
+            raise ValueError(
+                f"shift={shift} must be at least 0 and less than window_size={window_size}"
+            )
         self.num_heads = num_heads
         self.grid = grid
         self.window_size = window_size
         self.shift = shift
-        self.scale = scale
+        self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
         self.fixed_windows = fixed_windows
         self.window, _ = self.windows_on(grid)
         self.register_buffer("relative_position_index", relative_position_index(self.window))
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self._cache: tuple[Any, Tensor] | None = None
 
@@ -200,18 +210,31 @@ class Windowed(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         return self.proj_drop(self.proj(join_windows(x, grid, window, shift, self.num_heads)))
 
+    def attention_maps(self, x: Tensor, shift_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """What `forward` gets -> `attention` (B, h, H, W) to each position, the mean over its window's."""
+        grid = (x.shape[1], x.shape[2])
+        window, shift = self.windows_on(grid)
+        q, k, _ = self.project(cut_windows(x, window, shift, by_image=True))  # B n*h N d
+        bias = self._build_additive(grid, True, shift_mask if grid == self.grid else None, q)
+        # Padding asks no questions: the mean is over the real positions of a window.
+        real = cut_windows(x.new_ones(1, *grid, 1), window, shift, by_image=True)  # 1 N n 1
+        real = real.expand(-1, -1, -1, self.num_heads).flatten(2).transpose(1, 2)[..., None]
+        received = (attention_probabilities(q, k, self.scale, bias) * real).sum(-2) / real.sum(-2)
+        received = join_windows(received[..., None], grid, window, shift, self.num_heads)  # B H W h
+        return {"attention": received.permute(0, 3, 1, 2)}
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows (G, N, M, C) -> q, k, v (G, M*h, N, d), all views of one matrix product."""
         weight, bias, heads = self.qkv.weight, self.projection_bias(), self.num_heads
         if x.shape[2] == 1:
-            x = F.linear(x[:, :, 0], weight, bias).unflatten(2, (3, heads, -1))  # G N 3 h d
+            x = linear(x[:, :, 0], weight, bias).unflatten(2, (3, heads, -1))  # G N 3 h d
             q, k, v = x.unbind(2)
         else:
             # With the rows of the weight head by head, windows and heads merge without a copy.
             weight = weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
             if bias is not None:
                 bias = bias.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten()
-            x = F.linear(x, weight, bias).unflatten(3, (heads, 3, -1))  # G N M h 3 d
+            x = linear(x, weight, bias).unflatten(3, (heads, 3, -1))  # G N M h 3 d
             q, k, v = x.flatten(2, 3).unbind(3)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -292,15 +315,25 @@ class WindowAttention(Windowed):
         proj_drop: float = 0.0,
         fixed_windows: bool = False,
     ):
-        scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         super().__init__(
-            dim, num_heads, grid, window_size, shift, scale, qkv_bias, proj_drop, fixed_windows
+            dim, num_heads, grid, window_size, shift, qk_scale, qkv_bias, proj_drop, fixed_windows
         )
         table = torch.empty((2 * self.window - 1) ** 2, num_heads)
         self.relative_position_bias_table = nn.Parameter(trunc_normal_(table, std=0.02))
 
     def bias_sources(self) -> list[Tensor]:
         return [self.relative_position_bias_table]
+
+    def set_fixed_windows(self, fixed: bool) -> None:
+        """Change `fixed_windows`; where that changes the window, the bias table is resized."""
+        self.fixed_windows = fixed
+        self._cache = None
+        old, (window, _) = self.relative_position_bias_table, self.windows_on(self.grid)
+        if window != self.window:
+            table = resize_bias_table(old.detach(), (self.window, self.window), (window, window))
+            self.relative_position_bias_table = nn.Parameter(table, old.requires_grad)
+            self.relative_position_index = relative_position_index(window, old.device)
+            self.window = window
 
     def bias_table(self, window: int) -> Tensor:
         return resize_bias_table(
@@ -373,8 +406,7 @@ class WindowMlp(nn.Conv1d):
     shift moves the windows by padding at the left and the top.
 
     Args:
-        grid: map size (H, W) that the parameters are made for. They cannot be resized, so the
-            window is the same on every map.
+        grid: map size (H, W) that the parameters are made for. The window is the same on every map.
     """
 
     def __init__(
@@ -383,21 +415,62 @@ class WindowMlp(nn.Conv1d):
         window = min(window_size, *grid)
         channels = num_heads * window**2
         super().__init__(channels, channels, kernel_size=1, groups=num_heads)
+        self.grid = grid
         self.window = window
-        self.shift = window // 2 if shifted else 0
+        self.shifted = shifted
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        window, heads = self.window, self.groups
-        start = window - self.shift if self.shift and min(height, width) > window else 0
-        right, bottom = -(width + start) % window, -(height + start) % window
-        x = F.pad(x, (0, 0, start, right, start, bottom))
-        # Heads first and windows beside the channels: one batched product for all windows.
-        x = x.unflatten(3, (heads, -1)).unflatten(2, (-1, window)).unflatten(1, (-1, window))
-        x = x.permute(5, 2, 4, 0, 1, 3, 6)  # h w w B H/w W/w d
-        shape = x.shape
-        x = x.flatten(3).flatten(1, 2)  # h N B*n*d
-        weight, bias = self.weight.view(heads, -1, window**2), self.bias.view(heads, -1, 1)
-        x = torch.baddbmm(bias, weight, x).view(shape)
-        x = x.permute(3, 4, 1, 5, 2, 0, 6).flatten(5).flatten(3, 4).flatten(1, 2)
-        return x[:, start : start + height, start : start + width]
+        return mix_windows(x, self.weight, self.bias, self.window, self.shifted)
+
+    def resize_table(self, name: str, old: Tensor, file_grid: FileGrid) -> Tensor | None:
+        """`weight` or `bias` of another window -> this window's, where it is the whole map.
+
+        What the file's windows do on that map is then one matrix: the top left corner of a larger one, or
+        a block per smaller window and 0 between them. So a model built at the file's size and this one
+        compute the same at this one's size.
+
+        Raises:
+            ValueError: the map has several windows, which no one matrix can serve.
+        """
+        own, heads = self.get_parameter(name), self.groups
+        window = math.isqrt(old.shape[0] // heads) if old.ndim else 0
+        area = window**2
+        if old.shape != (heads * area, area, 1)[: own.ndim]:
+            return None
+        if window == self.window:
+            return old
+        if self.grid != (self.window, self.window):
+            raise ValueError(
+                f"Swin-MLP mixes windows of {window}x{window} in the file and of "
+                f"{self.window}x{self.window} on this model's map of {self.grid[0]}x{self.grid[1]}; "
+                "only for one window that is the whole map there are such weights: build the model with "
+                "DATA.IMG_SIZE and WINDOW_SIZE of the file, it runs at any size"
+            )
+        if name == "weight":  # a map for each position, 1 there and 0 elsewhere
+            x = torch.eye(self.window**2, dtype=old.dtype, device=old.device)
+            x = x.view(-1, *self.grid, 1).expand(-1, -1, -1, heads)
+            x = mix_windows(x, old, old.new_zeros(len(old)), window, self.shifted)
+        else:
+            x = old.new_zeros(1, *self.grid, heads)
+            x = mix_windows(x, old.new_zeros(len(old), area), old, window, self.shifted)
+        return x.permute(3, 1, 2, 0).reshape(own.shape)
+
+
+def mix_windows(x: Tensor, weight: Tensor, bias: Tensor, window: int, shifted: bool) -> Tensor:
+    """`WindowMlp` with parameters for windows of side `window`: (B, H, W, C) -> (B, H, W, C).
+
+    A map that fits into one window is not shifted.
+    """
+    height, width = x.shape[1:3]
+    heads = len(bias) // window**2
+    start = window - window // 2 if shifted and min(height, width) > window > 1 else 0
+    right, bottom = -(width + start) % window, -(height + start) % window
+    x = F.pad(x, (0, 0, start, right, start, bottom))
+    # Heads first and windows beside the channels: one batched product for all windows.
+    x = x.unflatten(3, (heads, -1)).unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    x = x.permute(5, 2, 4, 0, 1, 3, 6)  # h w w B H/w W/w d
+    shape = x.shape
+    x = x.flatten(3).flatten(1, 2)  # h N B*n*d
+    x = torch.baddbmm(bias.view(heads, -1, 1), weight.view(heads, -1, window**2), x).view(shape)
+    x = x.permute(3, 4, 1, 5, 2, 0, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+    return x[:, start : start + height, start : start + width]

@@ -1,6 +1,7 @@
 """The lab's attentions as mixers of maps: thin frames around `models/layers`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,26 +11,19 @@ from ..layers.head_interaction import HIAttention
 from ..layers.point_sampling import PointSampledAttention
 from ..layers.spatial_reduction import SpatialReductionAttention
 from ..layers.window import WindowAttention
-from .queries import GrainedAttention, GrainedReducedAttention, KeptTokenAttention
+from .queries import (
+    GrainedAttention,
+    GrainedHeadTokenAttention,
+    GrainedReducedAttention,
+    KeptHeadTokenAttention,
+    KeptReducedAttention,
+    KeptTokenAttention,
+    check_keep_rate,
+)
 from .registry import register_mixer
 
 # Splits, budget and its weight, as of the published models with grained queries.
 SPLITS, BUDGET, BUDGET_WEIGHT = (4, 2, 1), 0.5, 1.0
-
-
-class GlobalAttention(MapAttention):
-    """`MapAttention` with the names of the lab's options."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int,
-        qkv_bias: bool = False,
-        attn_drop: float = 0.0,
-        drop: float = 0.0,
-    ):
-        super().__init__(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=drop)
 
 
 @register_mixer("global")
@@ -50,51 +44,46 @@ def global_attention(
     """Global attention; for all tokens, for the most attended ones, or with grained queries.
 
     Args:
-        keep_rate: share of the tokens that run the block, see `KeptTokenAttention`.
-        grained: see `GrainedMixer`, also for the arguments after it.
-
-    Raises:
-        ValueError: options that exclude each other, or that need `grained`.
+        keep_rate, grained, splits, budget, budget_weight: see `_with_queries`.
     """
-    if not 0 < keep_rate <= 1:
-        raise ValueError(f"attention: keep_rate={keep_rate} must be in (0, 1]; 1 keeps all tokens")
-    if grained:
-        if keep_rate < 1 or attn_drop:
-            raise ValueError("attention: grained=True excludes keep_rate and attn_drop")
-        return GrainedAttention(dim, num_heads, qkv_bias, drop, splits, budget, budget_weight)
-    _refuse_grains("attention", splits, budget, budget_weight)
-    if keep_rate < 1:
-        return KeptTokenAttention(dim, num_heads, keep_rate, qkv_bias, attn_drop, drop)
-    return GlobalAttention(
-        dim, num_heads=num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, drop=drop
+    build = _with_queries(
+        (MapAttention, KeptTokenAttention, GrainedAttention),
+        *(keep_rate, grained, splits, budget, budget_weight),
     )
+    return build(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=drop)
 
 
-def _refuse_grains(mixer: str, splits: Sequence[int], budget: float, budget_weight: float) -> None:
-    """ValueError for options that would have no effect."""
-    if (tuple(splits), budget, budget_weight) != (SPLITS, BUDGET, BUDGET_WEIGHT):
-        raise ValueError(
-            f"{mixer}: splits, budget and budget_weight belong to grained queries; add grained=True"
-        )
-
-
-@register_mixer("head_token")
 class HeadTokenAttention(HIAttention):
-    """DHVT's global attention: one more key and value per head, pooled from that head's channels."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        drop: float = 0.0,
-    ):
-        super().__init__(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=drop)
+    """DHVT's global attention on maps: (B, H, W, C) -> (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1, 2))[0].unflatten(1, x.shape[1:3])
+
+
+@register_mixer("head_token")
+def head_token_attention(
+    dim: int,
+    *,
+    num_heads: int,
+    qkv_bias: bool = True,
+    attn_drop: float = 0.0,
+    drop: float = 0.0,
+    keep_rate: float = 1.0,
+    grained: bool = False,
+    splits: Sequence[int] = SPLITS,
+    budget: float = BUDGET,
+    budget_weight: float = BUDGET_WEIGHT,
+) -> nn.Module:
+    """DHVT's global attention: one more key and value per head, pooled from that head's channels.
+
+    Args:
+        keep_rate, grained, splits, budget, budget_weight: see `_with_queries`.
+    """
+    build = _with_queries(
+        (HeadTokenAttention, KeptHeadTokenAttention, GrainedHeadTokenAttention),
+        *(keep_rate, grained, splits, budget, budget_weight),
+    )
+    return build(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=drop)
 
 
 @register_mixer("dilated")
@@ -178,6 +167,9 @@ class ReducedAttention(SpatialReductionAttention):
         size = (x.shape[1], x.shape[2])
         return super().forward(x.flatten(1, 2), size).unflatten(1, size)
 
+    def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
+        return super().attention_maps(x.flatten(1, 2), (x.shape[1], x.shape[2]))
+
 
 @register_mixer("spatial_reduction")
 def spatial_reduction(
@@ -188,25 +180,56 @@ def spatial_reduction(
     reduction: int | None = None,
     qkv_bias: bool = True,
     drop: float = 0.0,
+    keep_rate: float = 1.0,
     grained: bool = False,
     splits: Sequence[int] = SPLITS,
     budget: float = BUDGET,
     budget_weight: float = BUDGET_WEIGHT,
 ) -> nn.Module:
-    """PVT's attention, for all tokens or with grained queries.
+    """PVT's attention; for all tokens, for the most attended ones, or with grained queries.
 
     Args:
         reduction: how much coarser keys and values are per side; None takes PVT's 8, 4, 2, 1 by stage.
-        grained: see `GrainedMixer`, also for the arguments after it.
+        keep_rate, grained, splits, budget, budget_weight: see `_with_queries`.
     """
     if reduction is None:
         reduction = max(1, 8 // 2**stage)
+    build = _with_queries(
+        (ReducedAttention, KeptReducedAttention, GrainedReducedAttention),
+        *(keep_rate, grained, splits, budget, budget_weight),
+    )
+    return build(dim, num_heads, reduction, qkv_bias, proj_drop=drop)
+
+
+def _with_queries(
+    variants: tuple[Callable[..., nn.Module], ...],
+    keep_rate: float,
+    grained: bool,
+    splits: Sequence[int],
+    budget: float,
+    budget_weight: float,
+) -> Callable[..., nn.Module]:
+    """What builds an attention over global keys with the queries that the options ask for.
+
+    Args:
+        variants: of the attention, for all tokens, for the most attended ones, with grained queries.
+        keep_rate: share of the tokens that run the block, see `KeptTokens`.
+        grained: see `GrainedMixer`, also for the arguments after it.
+
+    Raises:
+        ValueError: options that exclude each other, or that need `grained`.
+    """
+    every, kept, grains = variants
+    if check_keep_rate(keep_rate) < 1 and grained:
+        raise ValueError(f"grained=True excludes keep_rate={keep_rate}: leave one of them out")
     if grained:
-        return GrainedReducedAttention(
-            dim, num_heads, reduction, qkv_bias, drop, splits, budget, budget_weight
+        return partial(grains, splits=splits, budget=budget, budget_weight=budget_weight)
+    if (tuple(splits), budget, budget_weight) != (SPLITS, BUDGET, BUDGET_WEIGHT):
+        raise ValueError(
+            f"splits={list(splits)}, budget={budget} and budget_weight={budget_weight} belong to grained "
+            "queries; add grained=True"
         )
-    _refuse_grains("spatial_reduction", splits, budget, budget_weight)
-    return ReducedAttention(dim, num_heads, reduction, qkv_bias, drop)
+    return partial(kept, keep_rate=keep_rate) if keep_rate < 1 else every
 
 
 @register_mixer("point_sampled")
@@ -222,3 +245,6 @@ class PointAttention(PointSampledAttention):
     def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2])
         return super().forward(x.flatten(1, 2), size).unflatten(1, size)
+
+    def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
+        return super().attention_maps(x.flatten(1, 2), (x.shape[1], x.shape[2]))

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
-from ..layers.activations import StarReLU
+from ..layers.activations import StarReLU, made_inplace
+from ..layers.checks import hidden_width
+from ..layers.eager import PIECE, can_split, in_pieces
+from ..layers.linear import Linear
 from .registry import register_mixer
 
 
@@ -20,20 +23,27 @@ class SepConv(nn.Module):
         drop: float = 0.0,
     ):
         super().__init__()
-        if kernel_size % 2 == 0:
+        if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(
-                f"sepconv: kernel_size must be odd to keep the size, got {kernel_size}"
+                f"kernel_size={kernel_size} must be positive and odd, to keep the map's size"
             )
-        hidden = int(expansion * dim)
-        self.pwconv1 = nn.Linear(dim, hidden, bias=False)
-        self.act1 = act()
+        hidden = hidden_width(dim, expansion, "expansion")
+        self.pwconv1 = Linear(dim, hidden, bias=False)
+        self.act1 = made_inplace(act())
         self.dwconv = nn.Conv2d(
             hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False
         )
-        self.pwconv2 = nn.Linear(hidden, dim, bias=False)
+        self.pwconv2 = Linear(hidden, dim, bias=False)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not can_split(self, x):
+            return self.mix(x)
+        width = self.pwconv1.out_features
+        return in_pieces(self.mix, x, PIECE // (x.shape[1] * x.shape[2] * width))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """`forward` for all images at once."""
         x = self.act1(self.pwconv1(x))
         # The permuted view is a channels_last map, which the convolution takes and gives without a copy.
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

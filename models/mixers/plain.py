@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.resize import FileGrid
 from .registry import register_mixer
 
 
@@ -27,8 +28,10 @@ class Pooling(nn.Module):
 
     def __init__(self, dim: int, *, pool_size: int = 3):
         super().__init__()
-        if pool_size % 2 == 0:
-            raise ValueError(f"pooling: pool_size must be odd to keep the size, got {pool_size}")
+        if pool_size % 2 == 0 or pool_size < 1:
+            raise ValueError(
+                f"pool_size={pool_size} must be positive and odd, to keep the map's size"
+            )
         self.pool_size = pool_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,11 +62,22 @@ class RandomMixing(nn.Module):
 
     def _matrix(self, size: tuple[int, int]) -> Tensor:
         """(H*W, H*W) for the grid `size`; the stored one at the native grid."""
-        if size == self.grid:
-            return self.random_matrix
-        matrix = _resize_columns(self.random_matrix, self.grid, size)  # rows of the native grid
-        matrix = _resize_columns(matrix.t(), self.grid, size).t()
-        return matrix / matrix.sum(dim=1, keepdim=True)
+        return _resize_matrix(self.random_matrix, self.grid, size)
+
+    def resize_table(self, name: str, old: Tensor, file_grid: FileGrid) -> Tensor | None:
+        """The file's matrix as its model has it at this one's native grid; see `ResizesTables`."""
+        if old.ndim != 2 or old.shape[0] != old.shape[1]:
+            return None
+        return _resize_matrix(old, file_grid(len(old), self.grid), self.grid)
+
+
+def _resize_matrix(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(h*w, h*w) of grid `old` -> that of grid `new`, whose rows add up to 1."""
+    if old == new:
+        return matrix
+    matrix = _resize_columns(matrix, old, new)
+    matrix = _resize_columns(matrix.t(), old, new).t()
+    return matrix / matrix.sum(dim=1, keepdim=True)
 
 
 def _resize_columns(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 Papers:     EViT, arXiv:2202.07800; Dynamic Grained Encoder, arXiv:2301.03831
 Deviations: a frame of maps has no class token, and its later stages need every position. So a token that
             EViT would remove keeps its value here and skips the block; each block chooses anew.
-Shapes:     B batch, H/W map, N = H*W tokens, C channels, m kept tokens, T candidate queries, L rows
+Shapes:     B batch, H/W map, N = H*W tokens, C channels, h heads, m kept tokens, M keys, L rows
 """
 
 import math
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.attention import Attention, merge_heads, split_heads
-from ..layers.grained import GrainedQueries, Routing, ragged_attention
+from ..layers.grained import GrainedQueries, Routing, coarser_cells, ragged_attention
+from ..layers.head_interaction import HIAttention
 from ..layers.spatial_reduction import SpatialReductionAttention
+from ..layers.token_maps import attention_probabilities
+from ..layers.tokens import Size
 from .registry import QueryMixer, Update
-
-Size = tuple[int, int]
 
 
 class SplitAttention(Attention):
@@ -39,92 +40,134 @@ class SplitAttention(Attention):
         """Output projection of merged heads, (..., C) -> (..., C)."""
         return self.proj_drop(self.proj(x))
 
-    def attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Normalised queries (B, m, C) to the keys and values of their image -> (B, m, C)."""
-        (q,) = split_heads(self.q(x), self.num_heads, 1)
-        dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        return self.project(merge_heads(x))
-
     def _part(self, x: Tensor, rows: slice) -> Tensor:
         bias = self.qkv.bias
         return F.linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
 
 
-class KeptTokenAttention(QueryMixer, SplitAttention):
-    """Global attention whose block runs for the most attended tokens: the lab's analogue of EViT.
+class SplitHeadTokenAttention(SplitAttention, HIAttention):
+    """`HIAttention` in steps: the head tokens, pooled from all tokens, are keys and values of any query."""
 
-    The score of a token is what the mean query of the map pays it, averaged over the heads: EViT's score
+    def keys_values(self, x: Tensor, size: Size) -> tuple[Tensor, ...]:
+        """Tokens (B, N, C) -> keys and values, each (B, heads, N + heads, C / heads)."""
+        return super().keys_values(self._with_head_tokens(x, None), size)
+
+
+class _Steps(QueryMixer):
+    """A mixin before an attention over global keys that has the steps `q`, `keys_values` and `project`."""
+
+    num_heads: int
+    q: Callable[[Tensor], Tensor]
+    keys_values: Callable[[Tensor, Size], tuple[Tensor, ...]]
+    project: Callable[[Tensor], Tensor]
+
+
+class KeptTokens(_Steps):
+    """Runs the block for the most attended tokens: the lab's analogue of EViT.
+
+    The score of a token is what the mean query of the map pays its key, averaged over the heads: EViT's score
     with the mean in the place of the class token. All tokens are keys and values; the ceil(keep_rate * N)
     tokens of the highest scores are queries, and go through the feed-forward network. There are no
-    parameters beyond those of `attention`, so weights trained with one keep rate run at any other.
+    parameters beyond those of the attention, so weights trained with one keep rate run at any other.
+
+    Args:
+        keep_rate: share of the tokens that run the block.
+        others: of the attention.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        keep_rate: float,
-        qkv_bias: bool,
-        attn_drop: float,
-        drop: float,
-    ):
-        super().__init__(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=drop)
-        self.keep_rate = keep_rate
+    attn_drop = 0.0  # for attentions without it
+
+    def __init__(self, *others: Any, keep_rate: float, **keywords: Any):
+        super().__init__(*others, **keywords)
+        self.built_rate = keep_rate
+        self.set_keep_rate(keep_rate)
         self._kept: Tensor | None = None
+
+    def set_keep_rate(self, keep_rate: float | None) -> None:
+        """Another share from now on; None returns to the one that it was built with."""
+        self.keep_rate = self.built_rate if keep_rate is None else check_keep_rate(keep_rate)
 
     def forward(self, x: Tensor, norm: Callable[[Tensor], Tensor], update: Update) -> Tensor:
         size = (x.shape[1], x.shape[2])
         tokens = x.flatten(1, 2)
         normed = norm(tokens)
         k, v = self.keys_values(normed, size)
-        kept = self.choose(normed, k)  # B m
+        kept = self.choose(normed, k, size)  # B m
         rows = kept[..., None].expand(-1, -1, tokens.shape[2])
         changed = update(tokens.gather(1, rows), partial(self.attend, k=k, v=v))
-        if not self.training:
+        if not self.training and not _becomes_a_file():
             mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device)
             self._kept = mask.scatter(1, kept, True).unflatten(1, size)
         return tokens.to(changed.dtype).scatter(1, rows, changed).unflatten(1, size)
 
+    def attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Normalised queries (B, m, C) to the keys and values of their image -> (B, m, C)."""
+        (q,) = split_heads(self.q(x), self.num_heads, 1)
+        dropout = self.attn_drop if self.training else 0.0
+        return self.project(merge_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)))
+
     @torch.no_grad()
-    def choose(self, x: Tensor, k: Tensor) -> Tensor:
-        """Normalised tokens (B, N, C), keys (B, h, N, d) -> the tokens of the highest scores (B, m)."""
+    def choose(self, x: Tensor, k: Tensor, size: Size) -> Tensor:
+        """Normalised tokens (B, N, C), keys (B, h, M, d) -> the tokens of the highest scores (B, m)."""
         (q,) = split_heads(self.q(x.mean(dim=1, keepdim=True)), self.num_heads, 1)
-        logits = (q @ k.transpose(-2, -1))[:, :, 0] * self.scale  # B h N
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).mean(1)
-        return scores.topk(math.ceil(self.keep_rate * x.shape[1]), dim=1).indices
+        scores = attention_probabilities(q, k, k.shape[-1] ** -0.5).mean((1, 2))  # B M
+        scores = self.token_scores(scores, size)
+        # Whole numbers with the place in their last digits, so that none are equal: of tokens with one
+        # score the first are taken, on every device, in any batch and in exported files.
+        length = scores.shape[1]
+        ranks = (scores / scores.amax(1, keepdim=True) * 2**24).round().long() * length
+        ranks = ranks - torch.arange(length, device=x.device)
+        return ranks.topk(math.ceil(self.keep_rate * length), dim=1).indices
+
+    def token_scores(self, scores: Tensor, size: Size) -> Tensor:
+        """Scores of the keys (B, M) -> of the tokens (B, N); keys beyond the tokens have none."""
+        return scores[:, : size[0] * size[1]]
 
     def token_map(self) -> Tensor | None:
         """(B, H, W), True where the last evaluation forward ran the block."""
         return self._kept
 
 
-class GrainedMixer(QueryMixer):
+def check_keep_rate(keep_rate: float) -> float:
+    """The same; ValueError outside (0, 1]."""
+    if not 0 < keep_rate <= 1:
+        raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; 1 keeps all tokens")
+    return keep_rate
+
+
+class GrainedMixer(_Steps):
     """Queries are patch means, in each region as fine as its router says; all tokens are keys.
 
-    What the block changes in a query is added to all tokens that it stands for. Training computes all
-    granularities and weights them by the gates; evaluation computes the chosen ones only. A mixin before an
-    attention with the steps `q`, `keys_values` and `project`.
+    What the block changes in a query is added to all tokens that it stands for, see `GrainedQueries`.
+
+    Args:
+        splits: granularities to choose from, as queries per side of a region; the largest is the side of
+            a region in tokens.
+        budget: share of the tokens' number that training aims at with its queries.
+        budget_weight: weight of that loss; 0 leaves it out.
+        dim, others: of the attention.
     """
 
     cost_depends_on_images = True
-    q: Callable[[Tensor], Tensor]
-    keys_values: Callable[[Tensor, Size], tuple[Tensor, ...]]
-    project: Callable[[Tensor], Tensor]
 
-    def set_grains(
-        self, dim: int, splits: Sequence[int], budget: float, budget_weight: float
-    ) -> None:
-        """Make the router.
-
-        Args:
-            splits: granularities to choose from, as queries per side of a region; the largest is the side
-                of a region in tokens.
-            budget: share of the tokens' number that training aims at with its queries.
-            budget_weight: weight of that loss; 0 leaves it out.
-        """
+    def __init__(
+        self,
+        dim: int,
+        *others: Any,
+        splits: Sequence[int],
+        budget: float,
+        budget_weight: float,
+        **keywords: Any,
+    ):
+        super().__init__(dim, *others, **keywords)
+        if keywords.get("attn_drop"):
+            raise ValueError(
+                f"grained=True excludes attn_drop={keywords['attn_drop']}: leave one of them out"
+            )
         if not 0 <= budget <= 1:
-            raise ValueError(f"grained attention: budget={budget} must be in [0, 1]")
+            raise ValueError(f"budget={budget} must be in [0, 1], a share of the tokens")
+        if budget_weight < 0:
+            raise ValueError(f"budget_weight={budget_weight} must be 0 or more; 0 sets no budget")
         self.dge = GrainedQueries(dim, splits)
         self.budget, self.budget_weight = budget, budget_weight
         self._last: tuple[Routing, Size, bool] | None = None
@@ -136,26 +179,17 @@ class GrainedMixer(QueryMixer):
         size = (x.shape[1], x.shape[2])
         tokens = x.flatten(1, 2)
         k, v = self.keys_values(norm(tokens), size)
-        candidates, routing = self.dge(tokens, size)  # B T C
-        self._last = (routing, size, self.training)
-        if self.training:
-            lengths = None
-            rows = candidates.flatten(0, 1)
-        else:
-            chosen = self.dge.select(routing.gates, size, extra=0)
-            lengths = chosen.lengths
-            rows = candidates.flatten(0, 1).index_select(0, chosen.candidates)  # L C
 
-        def mix(queries: Tensor) -> Tensor:
-            return self.project(ragged_attention(self.q(queries), k, v, lengths))
+        def change(rows: Tensor, lengths: list[int] | None) -> Tensor:
+            def mix(queries: Tensor) -> Tensor:
+                return self.project(ragged_attention(self.q(queries), k, v, lengths))
 
-        change = update(rows, mix) - rows
-        if self.training:
-            change = change.unflatten(0, candidates.shape[:2])
-            change = self.dge.spread_all(change, routing.gates, size)
-        else:
-            change = change[chosen.row_of_token]
-        return (tokens + change).unflatten(1, size)
+            return update(rows, mix) - rows
+
+        tokens, routing = self.dge.ask(tokens, size, change)
+        if not _becomes_a_file():
+            self._last = (routing, size, self.training)
+        return tokens.unflatten(1, size)
 
     def aux_losses(self) -> dict[str, Tensor]:
         """`grain_budget`: weight * (queries / tokens - budget)^2 of the last training forward."""
@@ -176,36 +210,33 @@ class GrainedMixer(QueryMixer):
         return {**self.__dict__, "_last": None}
 
 
+class KeptTokenAttention(KeptTokens, SplitAttention):
+    """Global attention for the most attended tokens."""
+
+
+class KeptHeadTokenAttention(KeptTokens, SplitHeadTokenAttention):
+    """Head-interacted attention for the most attended tokens; head tokens take a share of the attention."""
+
+
+class KeptReducedAttention(KeptTokens, SpatialReductionAttention):
+    """Spatial-reduction attention for the most attended tokens; those of one key have one score."""
+
+    def token_scores(self, scores: Tensor, size: Size) -> Tensor:
+        return scores[:, coarser_cells(size, self.reduction, scores.device)]
+
+
 class GrainedAttention(GrainedMixer, SplitAttention):
     """Global attention with grained queries."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool,
-        drop: float,
-        splits: Sequence[int],
-        budget: float,
-        budget_weight: float,
-    ):
-        super().__init__(dim, num_heads, qkv_bias, proj_drop=drop)
-        self.set_grains(dim, splits, budget, budget_weight)
+
+class GrainedHeadTokenAttention(GrainedMixer, SplitHeadTokenAttention):
+    """Head-interacted attention with grained queries; the head tokens are pooled from the tokens."""
 
 
 class GrainedReducedAttention(GrainedMixer, SpatialReductionAttention):
     """Spatial-reduction attention with grained queries."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        reduction: int,
-        qkv_bias: bool,
-        drop: float,
-        splits: Sequence[int],
-        budget: float,
-        budget_weight: float,
-    ):
-        super().__init__(dim, num_heads, reduction, qkv_bias, drop)
-        self.set_grains(dim, splits, budget, budget_weight)
+
+def _becomes_a_file() -> bool:
+    """Whether this forward pass is only traced for an exporter: what it computes is no number to keep."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -2,17 +2,22 @@
 
 A mixer is a module that maps (B, H, W, C) to (B, H, W, C) for any H and W. Its constructor takes the width
 and keywords. Those that `MixerContext` names are filled in by the frame; the others are options, plain data
-with a default, that a YAML file sets as in `"dynamic_filter(num_filters=2)"`. A mixer may have
+with a default, that a YAML file sets as in `"dynamic_filter(num_filters=2)"`. Their types are checked here
+against the annotations, their ranges by the constructor, whose ValueError is passed on with the spec. A mixer
+may have
 
 - `init_()`: its own start, called after the frame has initialised all Linear and convolutions;
-- `token_map() -> Tensor | None`: what explanation tools draw of the last evaluation forward;
+- `token_map() -> Tensor | None`: what explanation tools draw of the last evaluation forward, kept by itself;
+- `attention_maps(x) -> dict[str, Tensor]`: kind -> what it attends to with such an input, kept by the frame;
 - `aux_losses() -> dict[str, Tensor]`: weighted losses of the last training forward, by name.
 """
 
 import ast
 import inspect
 import re
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +29,11 @@ Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
 
 # Block applied to rows (..., C): its norm, then what is given as the mixer, then its feed-forward network.
 Update = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+# Keywords that only the frame sets.
+FRAME_KEYWORDS = ("act", "drop", "grid", "index", "stage")
+# Options of the mixers that can ask other queries than all tokens.
+QUERY_OPTIONS = ("keep_rate", "grained", "splits", "budget", "budget_weight")
 
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
@@ -97,7 +107,8 @@ def build_mixer(spec: str, dim: int, context: MixerContext) -> nn.Module:
     """The mixer that `spec` describes: `name` or `name(option=value, ...)`; options beat the context.
 
     Raises:
-        ValueError: the spec cannot be read, or names an unknown mixer or option.
+        ValueError: the spec cannot be read, names an unknown mixer or option, or gives an option a value
+            that the mixer does not take.
     """
     name, options = parse_spec(spec)
     if name not in _FACTORIES:
@@ -105,20 +116,74 @@ def build_mixer(spec: str, dim: int, context: MixerContext) -> nn.Module:
             f"MODEL.METAFORMER.MIXERS: no mixer is named '{name}'; did you mean one of "
             f"{nearest(name, _FACTORIES)}? All: {list_mixers()}"
         )
-    keywords = list(inspect.signature(_FACTORIES[name]).parameters)[1:]
-    unknown = sorted(set(options) - set(keywords))
-    if unknown:
+    parameters = _parameters(name)
+    given = {key: value for key, value in vars(context).items() if key in parameters}
+    try:
+        _check_options(name, options, parameters)
+        return _FACTORIES[name](dim, **(given | options))
+    except ValueError as error:
+        derived = str(error).startswith("num_heads=") and "num_heads" not in options
+        hint = "; num_heads follows from MODEL.METAFORMER.HEAD_DIM" if derived else ""
+        raise ValueError(f"MODEL.METAFORMER.MIXERS: '{spec}': {error}{hint}") from error
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    """The keywords of a mixer's constructor, that is, all of its parameters but the width."""
+    return dict(list(inspect.signature(_FACTORIES[name]).parameters.items())[1:])
+
+
+def _check_options(
+    name: str, options: dict[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    """ValueError for options that mixer `name` does not have, and for values of another type."""
+    unknown = [option for option in options if option not in parameters]
+    if unknown and set(unknown) <= set(QUERY_OPTIONS):
+        takers = [mixer for mixer in list_mixers() if unknown[0] in _parameters(mixer)]
         raise ValueError(
-            f"MODEL.METAFORMER.MIXERS: '{spec}': mixer '{name}' has no option {unknown}; it takes {keywords}"
+            f"{unknown[0]} needs global keys for each query, so that a query need not be one of the tokens; "
+            f"mixer '{name}' has none. Mixers that take it: {takers}"
         )
-    fixed = sorted({"act", "grid", "stage", "index", "drop"} & set(options))
+    if unknown:
+        takes = sorted(set(parameters) - set(FRAME_KEYWORDS))
+        raise ValueError(f"mixer '{name}' has no option {unknown}; it takes {takes}")
+    fixed = sorted(set(FRAME_KEYWORDS) & set(options))
     if fixed:
         raise ValueError(
-            f"MODEL.METAFORMER.MIXERS: '{spec}': {fixed} follow from the frame, not from the mixer: set "
-            "MODEL.METAFORMER.ACT, DATA.IMG_SIZE or MODEL.DROP_RATE"
+            f"{fixed} follow from the frame, not from the mixer: set MODEL.METAFORMER.ACT, DATA.IMG_SIZE or "
+            "MODEL.DROP_RATE"
         )
-    given = {key: value for key, value in vars(context).items() if key in keywords}
-    return _FACTORIES[name](dim, **(given | options))
+    factory = _FACTORIES[name]
+    hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)
+    for option, value in options.items():
+        if not _fits(value, hints.get(option, Any)):
+            raise ValueError(f"{option}={value!r} must be {_describe(hints[option])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a literal has the annotated type; annotations of other than plain data are not checked."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple, Sequence):
+        element = typing.get_args(hint)[0]
+        return isinstance(value, list | tuple) and all(_fits(part, element) for part in value)
+    if hint is float:  # whole numbers may stand where fractions are asked for
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (bool, int, str, type(None)) else True
+
+
+def _describe(hint: Any) -> str:
+    """An annotation in words, as in `a list of whole numbers, or None`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return ", or ".join(_describe(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple, Sequence):
+        return f"a list of {_describe(typing.get_args(hint)[0]).removeprefix('a ')}s"
+    words = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "a word in quotes",
+    }
+    return words.get(hint, "None")
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

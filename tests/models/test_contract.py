@@ -6,6 +6,7 @@ smallest variant of each kind: an architecture with its switches, such as a mixe
 
 import copy
 import json
+import pickle
 import re
 from functools import cache
 from itertools import pairwise
@@ -234,6 +235,18 @@ def test_classifier_can_be_replaced_and_removed(model):
     assert model(images()).shape == (2, 5)
 
 
+def test_without_its_classifier_it_is_built_as_for_dense_tasks_and_back(model, shared_dense):
+    with_classifier = set(model.state_dict())
+    for num_classes, expected in ((0, set(shared_dense.state_dict())), (5, with_classifier)):
+        model.reset_classifier(num_classes)
+        assert set(model.state_dict()) == expected
+        model.zero_grad()
+        dense = num_classes == 0 and not model.drops_tokens
+        forward = model.train().forward_pyramid if dense else model.train()
+        total(forward(images())).backward()
+        assert not without_finite_gradient(model)
+
+
 @torch.no_grad()
 def test_a_new_classifier_has_the_type_of_the_model(model):
     model.double().reset_classifier(0)
@@ -250,6 +263,51 @@ def test_classification_weights_start_a_dense_backbone(shared, dense):
 
 def is_under_differences(model, name):
     return any(name == p or name.startswith(p + ".") for p in model.dense_differences())
+
+
+def test_token_maps_describe_the_last_evaluation_forward(model):
+    learned = model.token_maps()
+    assert not [n for n in learned if not n.startswith(("filters::", "stages."))]
+    with torch.inference_mode():
+        model(images((64, 32)))
+        model(images((37, 64), batch=3))
+    maps = model.token_maps()
+    tellers = ("attention_maps", "token_map")  # pooling, for one, has nothing to tell
+    assert maps or not any(hasattr(m, name) for m in model.modules() for name in tellers)
+    for entry, value in maps.items():
+        assert value.isfinite().all(), entry
+        assert not value.requires_grad, entry
+        if entry in learned:
+            assert torch.equal(value, learned[entry])
+            continue
+        assert len(value) == 3, entry
+        if entry.startswith("attention::"):
+            assert value.is_floating_point(), entry
+            assert value.min() >= 0, entry
+            assert value.flatten(2).max() <= 1 + 1e-5, entry
+
+    assert copy.deepcopy(model).token_maps().keys() == learned.keys()
+    duplicate = pickle.loads(pickle.dumps(model))
+    assert duplicate.token_maps().keys() == learned.keys()
+    with torch.no_grad():
+        duplicate(images((64, 32)))
+    assert duplicate.token_maps().keys() == maps.keys()
+    model.train()(images((64, 32)))
+    after = model.token_maps()
+    assert after.keys() in (learned.keys(), maps.keys())
+    assert all(torch.equal(value, maps[entry]) for entry, value in after.items())
+
+
+def test_token_maps_keep_no_graph_and_follow_a_cast(model):
+    model(images())
+    before = model.token_maps()
+    assert all(not value.requires_grad for value in before.values())
+    after = model.double().token_maps()
+    assert after.keys() == before.keys()
+    for entry, value in after.items():
+        if entry.startswith(("attention::", "points::")):
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(value.float(), before[entry], rtol=1e-3, atol=1e-4)
 
 
 def test_recomputing_activations_changes_neither_loss_nor_gradients_nor_statistics(model):

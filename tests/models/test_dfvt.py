@@ -203,3 +203,25 @@ def test_model_compiles_as_one_graph():
     x = torch.rand(1, 3, 40, 24)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window_size", [3, 7])  # 7 does not fit the maps of 2 x 2 and 4 x 4
+def test_reset_classifier_turns_the_model_into_the_dense_backbone_and_back(window_size):
+    model, images = small(window_size=window_size), torch.rand(2, 3, 75, 101)
+    before, logits = copy.deepcopy(model), model(images)
+    model.reset_classifier(0)
+    dense = small(window_size=window_size, num_classes=0)
+    dense.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(model.forward_pyramid(images), dense.forward_pyramid(images))
+    assert model.no_weight_decay() == dense.no_weight_decay()
+    assert model.lr_multipliers() == {}
+    assert torch.equal(model.norm3.weight, before.norm.weight)
+
+    model.reset_classifier(5)
+    again = small(window_size=window_size)
+    again.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(model(images), again(images))
+    if window_size == 3:  # no table was resized
+        model.head.load_state_dict(before.head.state_dict())
+        torch.testing.assert_close(model(images), logits)

@@ -11,6 +11,7 @@ from models.layers.conv_stem import ConvStem
 from models.layers.daff import DAFF
 from models.layers.head_interaction import HIAttention
 from tests.golden_tools import fill_module_, relative_error
+from tests.reference.attention import inputs_of, packed_probabilities
 
 TINY = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=7)
 
@@ -158,3 +159,20 @@ def test_nested_position_embeddings_and_affine_maps_decay():
 def test_building_one_variant_leaves_the_next_one_alone():
     assert create_model("dhvt_tiny_cifar_patch4", depth=1, num_classes=7).num_classes == 7
     assert create_model("dhvt_tiny_cifar_patch4", depth=1).num_classes == 100
+
+
+@torch.no_grad()
+def test_token_map_is_the_attention_of_the_class_token_among_all_keys():
+    model = fill_module_(DHVT(**TINY)).eval()
+    attn = model.blocks[-1].attn
+    x, cls = inputs_of(attn, lambda: model(torch.randn(2, 3, 24, 40)))
+    tokens = torch.cat([cls, x], dim=1)
+    pooled = attn.ht_proj(tokens.unflatten(2, (2, -1)).mean(1)).unflatten(2, (2, -1))
+    head_tokens = F.gelu(attn.ht_norm(pooled)).flatten(2) + attn.pos_embed
+    rows = packed_probabilities(attn, torch.cat([tokens, head_tokens], dim=1))  # B h 1+60+2 1+60+2
+    maps = model.token_maps()
+    assert maps.keys() == {"attention::blocks.1.attn"}
+    attention = maps["attention::blocks.1.attn"]
+    assert attention.shape == (2, 2, 6, 10)
+    torch.testing.assert_close(attention.flatten(2), rows[:, :, 0, 1:61])
+    assert attention.sum((2, 3)).max() < 1

@@ -7,6 +7,7 @@ from models import create_model
 from models.dilateformer import DilateFormer
 from models.layers.dilated import DilatedAttention, dilated_attention
 from tests.reference import dilated_attention as literal
+from tests.reference.attention import inputs_of, packed_probabilities
 
 # Parameters with 1000 classes and entries of the state dict.
 VARIANTS = {
@@ -246,3 +247,35 @@ def test_dilated_attention_is_one_graph_forward_and_backward():
         grads.append(torch.autograd.grad(out.square().sum(), list(module.parameters())))
     for plain, traced in zip(*grads, strict=True):
         torch.testing.assert_close(plain, traced, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_token_maps_hold_neighbours_of_local_and_means_of_global_attention():
+    model = small(dilation=(1, 3), num_heads=(2, 2, 6, 6))
+    images = torch.randn(2, 3, 21, 30)
+    layers = [stage.blocks[-1].attn for stage in model.stages]
+    inputs = [inputs_of(layer, lambda: model(images))[0] for layer in layers]
+    maps = model.token_maps()
+    names = [f"attention::stages.{i}.blocks.0.attn" for i in range(4)]
+    assert list(maps) == names
+    sizes = [(2, 2, 9, 6, 8), (2, 2, 9, 3, 4), (2, 6, 2, 2), (2, 6, 1, 1)]
+    assert [tuple(maps[name].shape) for name in names] == sizes
+
+    x = inputs[0]
+    q, k, _ = layers[0].qkv(x.permute(0, 3, 1, 2)).chunk(3, dim=1)
+    for head, r in enumerate((1, 3)):
+        part = slice(head * 12, (head + 1) * 12)
+        for row in range(6):
+            for column in range(8):
+                logits = torch.zeros(2, 3, 3)
+                for i, y in enumerate((row - r, row, row + r)):
+                    for j, z in enumerate((column - r, column, column + r)):
+                        if 0 <= y < 6 and 0 <= z < 8:
+                            product = q[:, part, row, column] * k[:, part, y, z]
+                            logits[:, i, j] = product.sum(1) * 12**-0.5
+                expected = logits.flatten(1).softmax(1)
+                found = maps[names[0]][:, head, :, row, column]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+    rows = packed_probabilities(layers[2], inputs[2].flatten(1, 2))
+    torch.testing.assert_close(maps[names[2]].flatten(2), rows.mean(2), rtol=1e-4, atol=1e-6)

@@ -8,7 +8,8 @@ import torch
 from models.dpvt import DPVT
 from models.layers import point_sampling
 from models.layers.point_sampling import PointSampledAttention
-from tests.reference.point_sampling import point_sampled_attention
+from tests.reference.attention import inputs_of
+from tests.reference.point_sampling import point_sampled_attention, sample
 
 
 def scattered_attention() -> PointSampledAttention:
@@ -80,3 +81,36 @@ def test_any_size_is_classified_by_the_mean_token(size):
     assert tokens.shape == (2, math.ceil(size[0] / 32) * math.ceil(size[1] / 32), 8)
     torch.testing.assert_close(model(images), model.head(tokens.mean(1)))
     assert not model.no_weight_decay()
+
+
+@torch.no_grad()
+def test_token_maps_are_the_samples_of_each_position():
+    sizes = dict(embed_dims=(8,) * 4, num_heads=(2,) * 4, depths=(1,) * 4, num_classes=3)
+    model = DPVT(img_size=64, **sizes).eval()
+    attn = model.block2[0].attn
+    attn.offsets.bias.copy_(torch.randn(16))
+    images = torch.randn(2, 3, 37, 90)
+    x, size = inputs_of(attn, lambda: model(images))
+    maps = model.token_maps()
+    names = [f"{kind}::block{i}.0.attn" for i in (1, 2, 3, 4) for kind in ("points", "attention")]
+    assert list(maps) == names
+    points, weights = maps["points::block2.0.attn"], maps["attention::block2.0.attn"]
+    assert points.shape == (2, 2, 4, 5, 12, 2)
+    assert weights.shape == points.shape[:-1]
+    torch.testing.assert_close(weights.sum(2), torch.ones(2, 2, 5, 12))
+    offsets = attn.offsets(x).view(2, 5, 12, 2, 4, 2)
+    row, column = 3, 10
+    centre = torch.tensor([10.0, 3.0])  # x, then y
+    torch.testing.assert_close(points[:, :, :, row, column], offsets[:, row, column] + centre)
+    # The samples, weighted, are what the layer computes.
+    values = attn.v(x).view(2, *size, 2, 4)
+    samples = [
+        sum(
+            weights[1, head, p, row, column]
+            * sample(values[1, :, :, head], *points[1, head, p, row, column])
+            for p in range(4)
+        )
+        for head in range(2)
+    ]
+    expected = attn(x, size).view(2, 5, 12, 8)[1, row, column]
+    torch.testing.assert_close(attn.proj(torch.cat(samples)), expected, rtol=1e-4, atol=1e-5)

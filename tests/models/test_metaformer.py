@@ -1,5 +1,7 @@
 """The MetaFormer frame: published sizes, any input size, every mixer in every stage, clear errors."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from models.layers.fourier import set_fourier_way
 from models.layers.resize import resize_complex_filter
 from models.metaformer import Downsampling, MetaFormer
 from models.mixers import list_mixers, register_mixer, registry
+from tests.reference.attention import inputs_of, packed_probabilities
 
 PUBLISHED_PARAMETERS = dict(
     dfformer_s18=30_324_372,
@@ -197,6 +200,72 @@ def test_token_maps_hold_the_amplitudes_of_each_stage():
     torch.testing.assert_close(maps["stages.2"][1, 1, 3, 2], amplitude.detach())
 
 
+ATTENTION = {
+    "attention": {"attention": (2, 3)},
+    "head_token": {"attention": (2, 3)},
+    "window(window_size=2)": {"attention": (2, 3)},
+    "shifted_window(window_size=2)": {"attention": (2, 3)},
+    "spatial_reduction(reduction=2)": {"attention": (1, 2)},
+    "dilated": {"attention": (9, 2, 3)},
+    "point_sampled": {"points": (4, 2, 3, 2), "attention": (4, 2, 3)},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ATTENTION)
+def test_token_maps_show_the_attention_of_the_last_block_of_a_stage(spec):
+    model, images = tiny(("pooling", "pooling", spec, "sepconv")).eval(), torch.randn(2, 3, 30, 44)
+    mixer = model.stages[2][1].token_mixer
+    (x,) = inputs_of(mixer, lambda: model(images))
+    maps = model.token_maps()
+    path = "stages.2.1.token_mixer"
+    shapes = {f"{kind}::{path}": (2, 4, *shape) for kind, shape in ATTENTION[spec].items()}
+    assert {name: tuple(m.shape) for name, m in maps.items()} == shapes
+    torch.testing.assert_close(
+        maps, {f"{kind}::{path}": m for kind, m in mixer.attention_maps(x).items()}
+    )
+    attention = maps[f"attention::{path}"]
+    total = attention.sum((2, 3)) if attention.ndim == 4 else attention.sum(2)
+    expected = torch.ones_like(total)
+    if spec == "attention":
+        rows = packed_probabilities(mixer, x.flatten(1, 2))
+        torch.testing.assert_close(attention.flatten(2), rows.mean(2))
+    if spec == "head_token":
+        assert (total < 1).all()
+    elif "window" in spec:  # each of the two windows of this map hands out 1
+        torch.testing.assert_close(total, 2 * expected)
+    else:
+        torch.testing.assert_close(total, expected)
+
+
+def test_mixers_without_attention_or_filters_have_no_token_maps():
+    model = tiny(("identity", "pooling", "random", "afno")).eval()
+    model(torch.randn(1, 3, 64, 64))
+    assert model.token_maps() == {}
+    shown = {re.sub(r"\(.*", "", spec) for spec in ATTENTION} | {"global", "dynamic_filter"}
+    others = {"identity", "pooling", "random", "afno", "sepconv", "global_filter"}
+    assert shown | others == set(list_mixers())
+
+
+def test_norms_follow_the_classifier_in_both_directions():
+    model, images = tiny(), torch.randn(1, 3, 64, 64)
+    model.double().reset_classifier(0)
+    assert isinstance(model.norm, nn.Identity)
+    assert {model.get_submodule(f"norm{i}").weight.dtype for i in range(4)} == {torch.float64}
+    with torch.no_grad():
+        model.norm2.weight.fill_(3.0)
+    model.reset_classifier(0)
+    assert model.norm2.weight.mean() == 3  # nothing changes, so nothing is fresh
+    maps = model.forward_pyramid(images.double())
+    assert maps[2].std().item() == pytest.approx(3, rel=0.01)
+    model.reset_classifier(3)
+    assert not [name for name, _ in model.named_modules() if re.fullmatch(r"norm\d", name)]
+    with torch.no_grad():
+        model.norm.weight.fill_(2.0)
+    model.reset_classifier(4)
+    assert model.norm.weight.mean() == 2
+
+
 def test_gelu_ablation_keeps_the_routing_activation():
     names = tiny(act="gelu").state_dict().keys()
     assert not [n for n in names if ".act1." in n or ".mlp.act." in n]
@@ -232,7 +301,7 @@ def test_a_frame_may_have_other_stages_norms_and_heads():
     ("keywords", "message"),
     [
         (dict(depths=(1, 1)), "one entry per stage.*'DEPTHS': \\[1, 1\\]"),
-        (dict(act="gleu"), r"MODEL.METAFORMER.ACT='gleu' is unknown; did you mean one of \['gelu'"),
+        (dict(act="gleu"), r"MODEL.METAFORMER.ACT='gleu' must be one of \['gelu', .* did you mean gelu"),
         (dict(norm="ln"), "MODEL.METAFORMER.NORM='ln'.*layer_norm_no_bias"),
         (dict(stem="conv"), "MODEL.METAFORMER.STEM='conv'"),
         (dict(downsample="x"), "MODEL.METAFORMER.DOWNSAMPLE='x'"),

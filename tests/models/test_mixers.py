@@ -1,12 +1,13 @@
 """Every mixer keeps the interface; each equals its formula written out."""
 
 import copy
+import math
 import pickle
 import re
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from torch import nn
 
 from config import load_config
 from models import CONFIG_DIR, build_model
-from models.layers.activations import StarReLU
+from models.layers.activations import ACTIVATIONS, StarReLU
+from models.layers.head_interaction import HIAttention
 from models.layers.mlp import Mlp
+from models.layers.spatial_reduction import SpatialReductionAttention
 from models.metaformer import MetaFormer, MetaFormerBlock
-from models.mixers import MixerContext, build_mixer, list_mixers, register_mixer
+from models.mixers import MixerContext, build_mixer, list_mixers, register_mixer, registry
 from models.mixers.registry import parse_spec
 from tests.reference.afno import afno
 from tests.reference.fourier_filter import dynamic_filter, global_filter, star_relu
@@ -33,12 +36,14 @@ CONTEXT = MixerContext(num_heads=2, grid=GRID, act=StarReLU)
 def sepconv(state, x):
     y = star_relu(x @ state["pwconv1.weight"].t(), state, "act1.")
     kernel = state["dwconv.weight"]
+    reach = kernel.shape[-1] // 2
     out = torch.zeros_like(y)
-    for dy in range(-3, 4):
-        for dx in range(-3, 4):
+    for dy in range(-reach, reach + 1):
+        for dx in range(-reach, reach + 1):
+            weight = kernel[:, 0, dy + reach, dx + reach]
             for row in range(max(0, -dy), min(y.shape[1], y.shape[1] - dy)):
                 for col in range(max(0, -dx), min(y.shape[2], y.shape[2] - dx)):
-                    out[:, row, col] += y[:, row + dy, col + dx] * kernel[:, 0, dy + 3, dx + 3]
+                    out[:, row, col] += y[:, row + dy, col + dx] * weight
     return out @ state["pwconv2.weight"].t()
 
 
@@ -65,20 +70,43 @@ def attention(state, x):
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The options that run the whole block for a part of the tokens.
+# Attentions with global keys, and the same with the options that run the block for other rows.
 KEPT, GRAINED = "attention(keep_rate=0.6)", "attention(grained=True)"
-REDUCED = "spatial_reduction(grained=True, reduction=2)"
-QUERY_MIXERS = [KEPT, GRAINED, REDUCED]
+KEPT_OF = {
+    "attention": KEPT,
+    "head_token": "head_token(keep_rate=0.6)",
+    "spatial_reduction(reduction=2)": "spatial_reduction(reduction=2, keep_rate=0.6)",
+}
+GRAINED_OF = {
+    "attention": GRAINED,
+    "head_token": "head_token(grained=True)",
+    "spatial_reduction(reduction=2)": "spatial_reduction(reduction=2, grained=True)",
+}
+QUERY_MIXERS = [*KEPT_OF.values(), *GRAINED_OF.values()]
 
-FORMULAS = dict(
-    afno=afno,
-    attention=attention,
-    dynamic_filter=dynamic_filter,
-    global_filter=global_filter,
-    identity=lambda state, x: x,
-    pooling=pooling,
-    random=lambda state, x: (state["random_matrix"] @ x.flatten(1, 2)).reshape(x.shape),
-    sepconv=sepconv,
+FORMULAS = {
+    "afno": afno,
+    "afno(shrink=0.4)": partial(afno, shrink=0.4),
+    "afno(expansion=1, num_blocks=4)": afno,
+    "attention": attention,
+    "dynamic_filter": dynamic_filter,
+    "dynamic_filter(expansion=1.5)": dynamic_filter,
+    "global_filter": global_filter,
+    "global_filter(expansion=0.5)": global_filter,
+    "identity": lambda state, x: x,
+    "pooling": pooling,
+    "random": lambda state, x: (state["random_matrix"] @ x.flatten(1, 2)).reshape(x.shape),
+    "sepconv": sepconv,
+    "sepconv(expansion=1.5, kernel_size=3)": sepconv,
+}
+
+# By name in ACT, written out.
+ACTIVATION_FORMULAS = dict(
+    gelu=lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+    relu=lambda x: x * (x > 0),
+    silu=lambda x: x / (1 + (-x).exp()),
+    squared_relu=lambda x: x * x * (x > 0),
+    star_relu=lambda x: 0.8944 * x * x * (x > 0) - 0.4472,
 )
 
 
@@ -106,6 +134,31 @@ def test_mixer_equals_its_formula_forward_and_backward(name):
         strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_options_of_the_formulas_change_the_result():
+    x = torch.randn(2, *GRID, 8, dtype=torch.float64)
+    mixer = build("afno(shrink=0.4)").double().eval()
+    assert (mixer(x) - afno(mixer.state_dict(), x)).norm() > 0.1 * mixer(x).norm()
+    for spec, width in {
+        "afno(expansion=1)": 8,
+        "dynamic_filter(expansion=1.5)": 12,
+        "global_filter(expansion=0.5)": 4,
+        "sepconv(expansion=1.5)": 12,
+    }.items():
+        assert build(spec).pwconv1.weight.shape == (width, 8)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "head_token", KEPT])
+def test_attention_is_dropped_in_training_only(mixer):
+    name, _, options = mixer.rstrip(")").partition("(")
+    dropping = block(f"{name}({options + ', ' if options else ''}attn_drop=0.5)")
+    plain = block(mixer)
+    plain.load_state_dict(dropping.state_dict(), strict=True)
+    x = torch.randn(2, 6, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(dropping.eval()(x), plain.eval()(x))
+    torch.testing.assert_close(plain.train()(x), plain.eval()(x))
+    assert not torch.allclose(dropping.train()(x), dropping(x))
 
 
 @pytest.mark.parametrize("name", list_mixers())
@@ -206,28 +259,132 @@ def test_options_of_a_spec_reach_the_mixer():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("attention(keep_rate=0)", r"keep_rate=0 must be in \(0, 1\]"),
-        ("attention(keep_rate=0.5, grained=True)", "grained=True excludes keep_rate"),
-        ("attention(splits=[2, 1])", "add grained=True"),
-        ("spatial_reduction(budget=0.3)", "add grained=True"),
-        ("spatial_reduction(keep_rate=0.3)", "no option"),
-        ("attention(grained=True, budget=2)", "budget=2 must be in"),
-        ("attention(grained=True, splits=[4, 3])", "must divide the largest"),
         ("dynamic_filtre", r"did you mean one of \['dynamic_filter'"),
-        ("dynamic_filter(filters=2)", r"no option \['filters'\]; it takes .*'num_filters'"),
         ("dynamic_filter(2)", "write 'name' or 'name\\(option=value"),
         ("dynamic_filter(num_filters=max(1, 2))", "with literal values"),
         ("3 + 4", "cannot read"),
         ("pooling(", "cannot read"),
-        ("afno(num_blocks=7)", "not a multiple of num_blocks 7"),
-        ("sepconv(kernel_size=4)", "kernel_size must be odd"),
-        ("pooling(pool_size=4)", "pool_size must be odd"),
-        ("attention(num_heads=3)", "not a multiple of num_heads 3"),
     ],
 )
-def test_a_wrong_spec_is_explained(spec, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_spec_that_names_no_mixer_is_explained(spec, message):
+    with pytest.raises(ValueError, match="^MODEL.METAFORMER.MIXERS: .*" + message):
         build_mixer(spec, 8, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        # Options that the mixer does not have, or that the frame sets.
+        ("dynamic_filter(filters=2)", r"no option \['filters'\]; it takes .*'num_filters'"),
+        (
+            "pooling(foo=1, keep_rate=0.5)",
+            r"no option \['foo', 'keep_rate'\]; it takes \['pool_size'\]",
+        ),
+        ("sepconv(act='gelu')", r"\['act'\] follow from the frame.*MODEL.METAFORMER.ACT"),
+        # Values of another type.
+        ("dynamic_filter(num_filters='x')", "num_filters='x' must be a whole number$"),
+        ("dynamic_filter(num_filters=True)", "num_filters=True must be a whole number$"),
+        ("dynamic_filter(num_filters=2.0)", "num_filters=2.0 must be a whole number$"),
+        ("sepconv(expansion=[2])", r"expansion=\[2\] must be a number$"),
+        ("attention(qkv_bias=1)", "qkv_bias=1 must be True or False$"),
+        ("attention(grained=None)", "grained=None must be True or False$"),
+        ("attention(splits=2)", "splits=2 must be a list of whole numbers$"),
+        ("dilated(dilation=[1.5])", r"dilation=\[1.5\] must be a list of whole numbers, or None$"),
+        ("dilated(dilation='12')", "dilation='12' must be a list of whole numbers, or None$"),
+        ("spatial_reduction(reduction=2.5)", "reduction=2.5 must be a whole number, or None$"),
+        # Values out of range.
+        ("afno(num_blocks=7)", "num_blocks=7 must be a positive divisor of the width 16"),
+        ("afno(num_blocks=0)", "num_blocks=0 must be a positive divisor"),
+        ("afno(shrink=-0.1)", "shrink=-0.1 must be 0 or more"),
+        ("afno(expansion=0.1)", "expansion=0.1 of 8 channels leaves none"),
+        ("sepconv(expansion=0)", "expansion=0 of 8 channels leaves none"),
+        ("sepconv(kernel_size=4)", "kernel_size=4 must be positive and odd"),
+        ("sepconv(kernel_size=-1)", "kernel_size=-1 must be positive and odd"),
+        ("pooling(pool_size=4)", "pool_size=4 must be positive and odd"),
+        ("dynamic_filter(num_filters=0)", "num_filters=0 must be at least 1"),
+        ("dynamic_filter(reweight_ratio=0.1)", "reweight_ratio=0.1 of 8 channels leaves none"),
+        ("point_sampled(num_points=0)", "num_points=0 must be at least 1"),
+        ("window(shift=9)", "shift=9 must be at least 0 and less than window_size=7"),
+        ("window(shift=-1)", "shift=-1 must be at least 0 and less than window_size=7"),
+        ("window(window_size=0)", "window_size=0 must be at least 1"),
+        ("dilated(kernel_size=2)", "kernel_size=2 must be odd"),
+        ("dilated(dilation=[0])", r"dilation=\[0\] must be positive"),
+        ("dilated(num_heads=4, dilation=[1, 2, 3])", r"num_heads=4 heads .* a multiple of 3:"),
+        ("spatial_reduction(reduction=0)", "reduction=0 must be at least 1"),
+        ("attention(attn_drop=1)", r"attn_drop=1 must be in \[0, 1\)"),
+        *(
+            (
+                f"{name}(num_heads={heads})",
+                f"num_heads={heads} must be a positive divisor of the 8 ch",
+            )
+            for name in (
+                "attention",
+                "head_token",
+                "spatial_reduction",
+                "point_sampled",
+                "dilated",
+                "window",
+            )
+            for heads in (0, 3)
+        ),
+        # Queries other than all tokens.
+        *(
+            (spec, message)
+            for name in ("attention", "head_token", "spatial_reduction")
+            for spec, message in (
+                (f"{name}(keep_rate=0)", r"keep_rate=0 must be in \(0, 1\]"),
+                (f"{name}(keep_rate=1.5)", r"keep_rate=1.5 must be in \(0, 1\]"),
+                (f"{name}(keep_rate=0.5, grained=True)", "grained=True excludes keep_rate=0.5"),
+                (f"{name}(splits=[2, 1])", r"splits=\[2, 1\].* add grained=True"),
+                (f"{name}(budget=0.3)", "budget=0.3.* add grained=True"),
+                (f"{name}(grained=True, budget=2)", r"budget=2 must be in \[0, 1\]"),
+                (f"{name}(grained=True, budget_weight=-1)", "budget_weight=-1 must be 0 or more"),
+                (f"{name}(grained=True, splits=[4, 3])", r"SPLITS=\[4, 3\] .* divide the largest"),
+                (f"{name}(grained=True, splits=[])", r"SPLITS=\[\] must be positive"),
+            )
+        ),
+        ("attention(grained=True, attn_drop=0.1)", "grained=True excludes attn_drop=0.1"),
+    ],
+)
+def test_a_wrong_option_is_explained(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_mixer(spec, 8, CONTEXT)
+    assert str(error.value).startswith(f"MODEL.METAFORMER.MIXERS: '{spec}': ")
+
+
+@pytest.mark.parametrize("option", ["keep_rate=0.5", "grained=True", "splits=[2, 1]"])
+@pytest.mark.parametrize(
+    "name", ["dilated", "window", "shifted_window", "point_sampled", "pooling", "dynamic_filter"]
+)
+def test_local_mixers_refuse_other_queries_and_say_which_take_them(name, option):
+    takers = r"\['attention', 'global', 'head_token', 'spatial_reduction'\]"
+    with pytest.raises(
+        ValueError, match=f"needs global keys for each query.*'{name}' has none.*{takers}"
+    ):
+        build_mixer(f"{name}({option})", 8, CONTEXT)
+
+
+def test_heads_that_follow_from_the_frame_are_explained_by_its_key():
+    with pytest.raises(ValueError, match=r"num_heads=2 must be .* 9 channels.*HEAD_DIM"):
+        frame(["attention"] * 4, embed_dims=(8, 9, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"num_heads=3 must be a positive divisor of the 8 channels$"
+    ):
+        build_mixer("attention(num_heads=3)", 8, CONTEXT)
+
+
+def test_options_without_plain_types_are_left_to_the_mixer(monkeypatch):
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+
+    @register_mixer("loose")
+    def loose(dim, *, what, table: dict | None = None, name: str = "a"):
+        module = nn.Identity()
+        module.given = (what, table, name)
+        return module
+
+    assert build_mixer("loose(what=1.5, table={1: 2})", 8, CONTEXT).given == (1.5, {1: 2}, "a")
+    with pytest.raises(ValueError, match="name=3 must be a word in quotes"):
+        build_mixer("loose(what=1, name=3)", 8, CONTEXT)
 
 
 def test_a_name_is_registered_once():
@@ -303,23 +460,66 @@ def finest(model):
     return model
 
 
+def most_attended(mixer, tokens, size, number):
+    """Mask (N,) of the tokens of one image (N, C) whose keys its mean query of two heads pays most."""
+    dim, columns = tokens.shape[1], size[1]
+    mean = tokens.mean(0)
+    key_of_token = range(len(tokens))
+    if isinstance(mixer, SpatialReductionAttention):
+        step = mixer.reduction
+        query = mixer.q(mean)
+        keys = mixer.keys_values(tokens[None], size)[0].transpose(1, 2).flatten(2)[0]
+        across = math.ceil(columns / step)
+        key_of_token = [t // columns // step * across + t % columns // step for t in key_of_token]
+    else:
+        if isinstance(mixer, HIAttention):
+            tokens = torch.cat([tokens, mixer._head_tokens(mean[None, None])[0]])
+        query, keys = mixer.qkv(mean)[:dim], mixer.qkv(tokens)[:, dim : 2 * dim]
+    paid = torch.zeros(len(keys), dtype=tokens.dtype)
+    for head in (slice(0, dim // 2), slice(dim // 2, dim)):
+        paid += (keys[:, head] @ query[head] / (dim // 2) ** 0.5).softmax(0)
+    scores = [paid[key].item() for key in key_of_token]
+    best = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[:number]
+    return torch.tensor([token in best for token in range(len(scores))])
+
+
 @pytest.mark.parametrize("training", [False, True])
-def test_kept_tokens_run_the_block_and_the_others_keep_their_value(training):
-    plain, kept = block("attention").train(training), block(KEPT).train(training)
+@pytest.mark.parametrize(("plain", "kept"), KEPT_OF.items())
+def test_kept_tokens_run_the_block_and_the_others_keep_their_value(plain, kept, training):
+    plain, kept = block(plain).train(training), block(kept).train(training)
     kept.load_state_dict(plain.state_dict(), strict=True)  # no parameter of its own
     x = torch.randn(2, 6, 5, 8, dtype=torch.float64)
     tokens = plain.norm1(x).flatten(1, 2)
-    weight = plain.token_mixer.qkv.weight
-    query, keys = tokens.mean(1) @ weight[:8].t(), tokens @ weight[8:16].t()
-    scores = torch.zeros(2, 30, dtype=torch.float64)
-    for head in (slice(0, 4), slice(4, 8)):
-        logits = torch.stack([keys[i, :, head] @ query[i, head] for i in range(2)]) / 2
-        scores += logits.softmax(-1) / 2
-    mask = torch.stack([row >= row.sort(descending=True).values[17] for row in scores])
+    mask = torch.stack([most_attended(plain.token_mixer, t, (6, 5), 18) for t in tokens])
     mask = mask.unflatten(1, (6, 5))[..., None]
     torch.testing.assert_close(kept(x), torch.where(mask, plain(x), x))
     if not training:
         assert torch.equal(kept.token_mixer.token_map(), mask[..., 0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("plain", "kept"), KEPT_OF.items())
+def test_a_keep_rate_of_one_is_the_plain_attention_with_its_gradients(plain, kept, training):
+    plain, kept = block(plain).train(training), block(kept).train(training)
+    kept.load_state_dict(plain.state_dict(), strict=True)
+    kept.token_mixer.set_keep_rate(1.0)
+    x = torch.randn(2, 6, 5, 8, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(x)
+    results = []
+    for model in (plain, kept):
+        out = model(x)
+        inputs = [x, *model.parameters()]
+        results.append([out, *torch.autograd.grad(out, inputs, direction)])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT_OF.values())
+def test_of_tokens_with_one_score_the_first_run_the_block(kept):
+    model = block(kept).eval()
+    model(torch.randn(2, 1, 1, 8, dtype=torch.float64).expand(-1, 6, 4, -1))
+    chosen = model.token_mixer.token_map().flatten(1)
+    assert chosen.tolist() == [[True] * 15 + [False] * 9] * 2
 
 
 def test_kept_tokens_save_the_work_of_the_others():
@@ -335,10 +535,7 @@ def test_kept_tokens_save_the_work_of_the_others():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    ("plain", "grained"),
-    [("attention", GRAINED), ("spatial_reduction(reduction=2)", REDUCED)],
-)
+@pytest.mark.parametrize(("plain", "grained"), GRAINED_OF.items())
 def test_grained_queries_at_the_finest_grain_are_the_plain_attention(plain, grained, training):
     plain, grained = block(plain), block(grained)
     own = {n: t for n, t in grained.state_dict().items() if ".dge." in n}
@@ -359,7 +556,7 @@ def test_a_coarse_query_changes_all_of_its_tokens_alike():
     assert model.token_mixer.token_map().tolist() == [[[2], [2]]]
 
 
-@pytest.mark.parametrize("spec", [GRAINED, REDUCED])
+@pytest.mark.parametrize("spec", GRAINED_OF.values())
 def test_training_without_noise_gives_what_evaluation_gives(spec, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, *_, **__: self.fill_(1.0))
     model = block(spec)
@@ -426,6 +623,72 @@ def test_recomputed_activations_give_the_same_gradients(spec):
         (model.train()(images).square().mean() + sum(model.aux_losses().values())).backward()
         results.append({n: p.grad.clone() for n, p in model.named_parameters()})
     torch.testing.assert_close(results[0], results[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plain", KEPT_OF)
+def test_the_keep_rate_of_a_frame_is_set_without_rebuilding(plain):
+    kept = KEPT_OF[plain]
+    model, images = frame([kept, kept.replace("0.6", "0.3"), plain, "pooling"]).eval(), digits()[0]
+    built = model(images)
+    other = frame([kept.replace("0.6", "0.4"), kept.replace("0.6", "0.4"), plain, "pooling"]).eval()
+    other.load_state_dict(model.state_dict(), strict=True)
+    every = frame([plain, plain, plain, "pooling"]).eval()
+    every.load_state_dict(model.state_dict(), strict=True)
+    model.set_keep_rate(0.4)
+    torch.testing.assert_close(model(images), other(images))
+    model.set_progress(1000, 1000, 0)
+    torch.testing.assert_close(model(images), other(images))
+    model.set_keep_rate(1.0)
+    torch.testing.assert_close(model(images), every(images))
+    assert not torch.allclose(other(images), every(images), rtol=1e-3)
+    model.set_keep_rate()
+    torch.testing.assert_close(model(images), built)
+    assert [
+        m.sum((-2, -1)).unique().tolist()
+        for m in model.token_maps().values()
+        if m.dtype == torch.bool
+    ] == [
+        [math.ceil(0.6 * 64)],
+        [math.ceil(0.3 * 16)],
+    ]
+
+
+def test_a_keep_rate_that_cannot_be_set_is_explained():
+    model = frame([KEPT, "attention", "pooling", "pooling"])
+    for rate in (0, 0.0, 1.1, -0.5):
+        with pytest.raises(ValueError, match=rf"keep_rate={rate} must be in \(0, 1\]"):
+            model.set_keep_rate(rate)
+    assert model.stages[0][0].token_mixer.keep_rate == 0.6
+    for rate in (0.5, None):
+        with pytest.raises(
+            ValueError, match=r"no stage of this model keeps a share.*keep_rate=0\.7"
+        ):
+            frame(["attention"] * 4).set_keep_rate(rate)
+
+
+@pytest.mark.parametrize("feed_forward", ["mlp", "daff"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_the_activation_is_that_of_act_in_feed_forward_and_mixer(act, feed_forward):
+    model = frame(["sepconv", "afno", "pooling", "pooling"], act=act, feed_forward=feed_forward)
+    for module in model.modules():
+        if isinstance(module, StarReLU):
+            nn.init.constant_(module.scale, 0.8944)
+            nn.init.constant_(module.bias, -0.4472)
+    formula = ACTIVATION_FORMULAS[act]
+    model.double().eval()
+    for stage in model.stages[:2]:
+        x = torch.randn(2, 4, 3, 8, dtype=torch.float64)
+        mixer, mlp = stage[0].token_mixer, stage[0].mlp
+        y = torch.randn(2, 4, 3, 16, dtype=torch.float64)
+        torch.testing.assert_close(mixer.act1(y), formula(y))
+        if feed_forward == "mlp":
+            expected = formula(x @ mlp.fc1.weight.t()) @ mlp.fc2.weight.t()
+        else:
+            z = formula(mlp.bn1(mlp.conv1(x.permute(0, 3, 1, 2))))
+            z = z + formula(mlp.bn2(mlp.conv2(z)))
+            expected = mlp.bn3(mlp.conv3(z)).permute(0, 2, 3, 1)
+        torch.testing.assert_close(mlp(x), expected)
 
 
 def test_query_mixers_refuse_a_convolution_behind_them():

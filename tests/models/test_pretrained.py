@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 from torch import nn
 from yacs.config import CfgNode
 
@@ -228,6 +229,44 @@ def test_a_grid_that_is_neither_square_nor_known_is_refused(trained):
             load_pretrained(Toy(), {"model": wide} | config)
 
 
+def random_mixing(img_size):
+    """One stage at stride 4 whose mixer is a fixed random matrix."""
+    sizes = dict(mixers=("random",), depths=(1,), embed_dims=(8,), res_scale=(None,), num_classes=3)
+    torch.manual_seed(sum(img_size))
+    return registry.find("metaformer").cls(img_size=img_size, **sizes).eval()
+
+
+MATRIX = "stages.0.0.token_mixer.random_matrix"
+
+
+@pytest.mark.parametrize("built", [(32, 32), (12, 12), (20, 44)])
+@pytest.mark.parametrize("size", [(24, 24), (16, 40), (64, 16)])
+def test_a_random_matrix_follows_the_size_as_it_does_at_run_time(built, size):
+    """The last size has as many positions as the first: only the file's config tells the grids apart."""
+    source, model = random_mixing(built), random_mixing(size)
+    config = {"config": {"DATA": {"IMG_SIZE": list(built)}}}
+    report = load_pretrained(model, {"model": source.state_dict()} | config)
+    assert list(report.resized) == [MATRIX]
+    x = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), source(x), rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(random_mixing(size)(x), source(x), atol=1e-4)
+    with pytest.raises(ValueError, match=rf"other shapes: {MATRIX}"):
+        load_pretrained(model, {"model": source.state_dict()} | config, resize=False)
+
+
+def test_a_random_matrix_of_an_unknown_grid():
+    wide = random_mixing((20, 44)).state_dict()
+    for size in ((24, 24), (44, 16)):
+        with pytest.raises(ValueError, match=r"neither square nor one of DATA\.IMG_SIZE .* save"):
+            load_pretrained(random_mixing(size), wide)
+    # As many positions as this model's, and nothing says that they lie otherwise.
+    assert load_pretrained(random_mixing((20, 44)), wide).resized == {}
+    with pytest.raises(ValueError, match=rf"{MATRIX} \(3,\) instead of") as error:
+        load_pretrained(random_mixing((24, 24)), wide | {MATRIX: torch.zeros(3)})
+    assert "neither square" not in str(error.value)
+
+
 def test_other_token_or_head_counts_are_not_resampled(trained):
     with pytest.raises(ValueError, match=r"pos_embed \(1, 17, 6\) instead of \(1, 18, 6\)"):
         load_pretrained(Toy(num_special=2), trained)
@@ -252,6 +291,71 @@ def test_a_classifier_of_other_classes_stays_fresh(trained, caplog):
         match=r"not fit: head\.bias.*has 5 classes, the model's 7; set MODEL.NUM_CLASSES 5",
     ):
         load_pretrained(model, trained, new_head=False)
+
+
+def rows_are_numbered(model, name="head"):
+    """The weights of a model whose classifier has row i filled with i."""
+    numbers = torch.arange(float(model.num_classes))
+    weight = numbers[:, None].expand(-1, 6).clone()
+    return model.state_dict() | {f"{name}.weight": weight, f"{name}.bias": numbers}
+
+
+def test_a_classifier_for_imagenet_22k_gives_the_rows_of_imagenet_1k(caplog):
+    caplog.set_level("INFO")
+    model = Toy(num_classes=1000)
+    report = load_pretrained(model, rows_are_numbered(Toy(num_classes=21841)))
+    assert report.remapped == {
+        "head.bias": ((21841,), (1000,)),
+        "head.weight": ((21841, 6), (1000, 6)),
+    }
+    assert report.head_replaced == []
+    all_names = ImageNetInfo("imagenet-22k").label_names()
+    names = ImageNetInfo("imagenet-1k").label_names()
+    taken = [all_names[int(row)] for row in model.head.bias]
+    assert torch.equal(model.head.weight, model.head.bias[:, None].expand(-1, 6))
+    different = {own: other for own, other in zip(names, taken, strict=True) if own != other}
+    assert different == {"n04399382": "n03013580"}, "the teddy bear, which ImageNet-22k lacks"
+    # As in Swin's published list; after these that one counts classes that the file does not have.
+    assert [int(model.head.bias[i]) for i in (0, 1, 717, 850)] == [359, 368, 9204, 5564]
+    assert "remapped to the rows of ImageNet-1k: head.bias, head.weight; the one" in caplog.text
+    assert "ImageNet-22k lacks, n04399382, has that of n03013580" in caplog.text
+
+
+def test_of_a_classifier_for_imagenet_22k_with_hidden_layers_the_last_is_remapped():
+    def deep(num_classes):
+        model = Toy(num_classes)
+        model.head = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, num_classes))
+        return model
+
+    state, model = rows_are_numbered(deep(21841), "head.1"), deep(1000)
+    report = load_pretrained(model, state)
+    assert list(report.remapped) == ["head.1.bias", "head.1.weight"]
+    assert torch.equal(model.head[0].weight, state["head.0.weight"])
+    assert model.head[1].bias[0] == 359
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(21841, 999), (21843, 1000), (1000, 21841)])
+def test_no_other_class_counts_are_remapped(theirs, ours):
+    model = Toy(num_classes=ours)
+    fresh = model.head.weight.clone()
+    report = load_pretrained(model, rows_are_numbered(Toy(num_classes=theirs)))
+    assert (report.remapped, report.head_replaced) == ({}, ["head.bias", "head.weight"])
+    assert torch.equal(model.head.weight, fresh)
+
+
+def test_the_two_classifiers_of_a_distilled_student_are_not_remapped():
+    sizes = dict(img_size=16, embed_dim=8, depth=1, num_heads=2, distilled=True)
+    build = registry.find("deit").cls
+    model = build(num_classes=1000, **sizes)
+    report = load_pretrained(model, build(num_classes=21841, **sizes).state_dict())
+    assert report.remapped == {}
+    assert {name.split(".")[0] for name in report.head_replaced} == {"head", "head_dist"}
+
+
+def test_a_classifier_is_not_remapped_for_evaluation():
+    state = rows_are_numbered(Toy(num_classes=21841))
+    with pytest.raises(ValueError, match=r"has 21841 classes, the model's 1000; set MODEL"):
+        load_pretrained(Toy(num_classes=1000), state, new_head=False)
 
 
 def test_of_a_classifier_with_hidden_layers_only_the_last_tells_its_classes(trained):

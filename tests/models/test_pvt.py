@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models.layers.resize import resize_position_grid
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.pvt import PVT
+from tests.reference.attention import inputs_of, probabilities
 
 
 def small(**keywords) -> PVT:
@@ -143,3 +144,37 @@ def test_errors_name_the_key():
         small(sr_ratios=(8, 4, 2, 2))
     with pytest.raises(ValueError, match=r"MODEL.PVT.DEPTHS=\[1, 1, 1\] needs 4"):
         small(depths=(1, 1, 1))
+
+
+@torch.no_grad()
+def test_token_maps_are_the_mean_attention_to_the_reduced_map():
+    model, images = small(), torch.randn(2, 3, 75, 101)
+    layers = [getattr(model, f"block{stage}")[-1].attn for stage in (1, 2, 3, 4)]
+    inputs = [inputs_of(layer, lambda: model(images)) for layer in layers]
+    maps = model.token_maps()
+    assert list(maps) == [f"attention::block{stage}.0.attn" for stage in (1, 2, 3, 4)]
+    for attention, attn, (x, size), special in zip(
+        maps.values(), layers, inputs, model.num_special, strict=True
+    ):
+        rows, columns = (-(-side // attn.reduction) for side in size)
+        keys = x
+        if attn.reduction > 1:
+            keys = x.transpose(1, 2).unflatten(2, size)
+            bottom, right = (-side % attn.reduction for side in size)
+            keys = attn.sr(F.pad(keys, (0, right, 0, bottom))).flatten(2).transpose(1, 2)
+            keys = attn.norm(keys)
+        k, _ = attn.kv(keys).chunk(2, dim=-1)
+        q = attn.q(x)
+        mean = probabilities(q, k, attn.num_heads, (q.shape[-1] // attn.num_heads) ** -0.5).mean(2)
+        assert attention.shape == (2, attn.num_heads, rows, columns)
+        close(attention.flatten(2), mean[..., special:])
+        close(attention.sum((2, 3)), 1 - mean[..., :special].sum(-1))
+
+
+def test_the_norm_comes_and_goes_with_the_classifier():
+    model = small()
+    model.reset_classifier(0)
+    assert isinstance(model.norm, torch.nn.Identity)
+    model.double().reset_classifier(3)
+    assert model.norm.weight.dtype is torch.float64
+    assert model.norm.eps == 1e-6

@@ -6,7 +6,10 @@ import torch
 from config import load_config
 from models import create_model, list_models, variant_file
 from models.layers.resize import resize_bias_table
+from models.layers.tokens import to_pair
+from models.pretrained import load_pretrained
 from models.swin import Swin, SwinMlp, SwinV2
+from tests.reference.attention import inputs_of
 
 SMALL = dict(
     num_classes=5, img_size=64, embed_dim=12, depths=(2, 2), num_heads=(2, 4), window_size=4
@@ -117,7 +120,7 @@ def test_pyramid_has_the_size_of_the_strides_rounded_up(cls, hw):
 @pytest.mark.parametrize("built", [64, 24])
 def test_another_input_size_equals_a_model_built_for_it(cls, hw, built):
     if cls is SwinMlp and built == 24:
-        pytest.skip("the matrices of Swin-MLP keep the window they were built with")
+        pytest.skip("Swin-MLP keeps the window of 3 that it was built with")
     model = small(cls, img_size=built)
     other = small(cls, img_size=hw)
     state = model.state_dict()
@@ -130,6 +133,51 @@ def test_another_input_size_equals_a_model_built_for_it(cls, hw, built):
     x = torch.rand(2, 3, *hw)
     with torch.no_grad():
         torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("built", "size", "resized"),
+    [
+        (64, 24, 1),  # windows of 4 and 4 -> 4 and 3
+        (64, 8, 2),  # 4 and 4 -> 2 and 1
+        (24, 32, 1),  # 4 and 3 -> 4 and 4
+        (8, 16, 2),  # 2 and 1 -> 4 and 2
+        (24, 24, 0),
+        (64, (32, 80), 0),  # the shorter side of each map still has a whole window
+    ],
+)
+def test_swin_mlp_loaded_at_another_size_equals_the_one_it_comes_from_there(built, size, resized):
+    source, model = small(SwinMlp, img_size=built), small(SwinMlp, img_size=size)
+    report = load_pretrained(model, source.state_dict())
+    assert len(report.resized) == resized * 4  # weight and bias of two blocks
+    x = torch.rand(2, 3, *to_pair(size))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("built", "changes", "message"),
+    [
+        (24, dict(img_size=64), "3x3 in the file and of 4x4 on this model's map of 8x8; "),
+        (64, dict(img_size=(24, 40)), "4x4 in the file and of 3x3 on this model's map of 3x5; "),
+        (64, dict(window_size=2), "4x4 in the file and of 2x2 on this model's map of 16x16; "),
+    ],
+)
+def test_swin_mlp_weights_without_an_equivalent_are_refused_with_the_reason(
+    built, changes, message
+):
+    model = small(SwinMlp, **changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{message}.*build .* DATA\.IMG_SIZE and WINDOW_SIZE"):
+        load_pretrained(model, small(SwinMlp, img_size=built).state_dict())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_swin_mlp_weights_of_other_heads_are_another_table():
+    source = small(SwinMlp, num_heads=(3, 4))
+    with pytest.raises(ValueError, match=r"spatial_mlp\.weight \(48, 16, 1\) instead") as error:
+        load_pretrained(small(SwinMlp), source.state_dict())
+    assert "mixes windows" not in str(error.value)
 
 
 def test_pretrained_windows_keep_the_unit_of_the_bias_at_every_size():
@@ -307,3 +355,46 @@ def test_model_compiles_as_one_graph(cls):
     x = torch.rand(1, 3, 40, 24)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [Swin, SwinV2])
+def test_token_maps_are_those_of_the_last_block_of_each_stage(cls):
+    model, images = small(cls), torch.rand(2, 3, 70, 90)
+    layers = [stage.blocks[-1].attn for stage in model.layers]
+    inputs = [inputs_of(layer, lambda: model(images)) for layer in layers]
+    maps = model.token_maps()
+    assert list(maps) == [f"attention::layers.{i}.blocks.1.attn" for i in range(2)]
+    for attention, layer, given in zip(maps.values(), layers, inputs, strict=True):
+        assert attention.shape == (2, layer.num_heads, *given[0].shape[1:3])
+        torch.testing.assert_close(attention, layer.attention_maps(*given)["attention"])
+
+
+@torch.no_grad()
+def test_token_maps_of_swin_mlp_are_its_matrices():
+    model = small(SwinMlp)
+    maps = model.token_maps()
+    assert list(maps) == [f"filters::layers.{i}.blocks.1.spatial_mlp" for i in range(2)]
+    filters, mixer = maps["filters::layers.1.blocks.1.spatial_mlp"], model.layers[1].blocks[1]
+    assert filters.shape == (4, 16, 16)
+    # A window with nothing but a one at position 6 of head 2, of 6 channels per head.
+    x = torch.zeros(1, 4, 4, 24)
+    x[0, 1, 2, 12] = 1.0
+    change = mixer.spatial_mlp(x) - mixer.spatial_mlp(torch.zeros_like(x))
+    torch.testing.assert_close(change[0, :, :, 12].flatten(), filters[2, :, 6])
+
+
+@ALL
+def test_the_norm_of_the_last_stage_survives_without_a_classifier(cls):
+    model, images = small(cls), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        model.reset_classifier(0)
+        assert torch.equal(model.forward_features(images), features)
+        norms = [f"norm{i}.weight" for i in range(2)]
+        assert [name for name in model.state_dict() if name.startswith("norm")][::2] == norms
+        model.norm0.weight.fill_(3.0)
+        model.reset_classifier(0)
+        assert model.norm0.weight.mean() == 3
+        model.reset_classifier(5)
+        assert torch.equal(model.forward_features(images), features)

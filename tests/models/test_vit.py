@@ -1,12 +1,17 @@
 """DeiT: sizes, special tokens, distillation. Its numbers are compared in test_golden.py."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models import create_model
+from models.layers import token_maps
 from models.layers.resize import resize_position_grid
+from models.layers.token_maps import attention_probabilities, attention_received
 from models.vit import VisionTransformer
+from tests.reference.attention import inputs_of, packed_probabilities
 
 # With 1000 classes.
 PARAMETERS = {
@@ -167,3 +172,61 @@ def test_optimizer_is_told_depths_and_exemptions():
     assert {depths[n] for n in ("cls_token", "dist_token", "patch_embed.proj.weight")} == {0}
     assert [depths[f"blocks.{i}.norm1.weight"] for i in range(2)] == [1, 2]
     assert depths["norm.weight"] == depths["head_dist.bias"] == 3 == model.num_layers() - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keywords", [{}, {"distilled": True}, {"class_token": False}])
+def test_token_map_is_the_attention_of_the_class_token_to_the_patches(keywords):
+    model, images = small(**keywords), torch.randn(2, 3, 64, 90)
+    (tokens,) = inputs_of(model.blocks[-1].attn, lambda: model(images))
+    rows = packed_probabilities(model.blocks[-1].attn, tokens)
+    row = rows[:, :, 0] if model.num_special else rows.mean(2)
+    maps = model.token_maps()
+    assert maps.keys() == {"attention::blocks.1.attn"}
+    attention = maps["attention::blocks.1.attn"]
+    assert attention.shape == (2, 2, 4, 6)
+    close(attention.flatten(2), row[..., model.num_special :])
+    close(attention.sum((2, 3)) + row[..., : model.num_special].sum(-1), torch.ones(2, 2))
+
+
+@torch.no_grad()
+def test_token_maps_are_exact_whatever_the_forward_was_computed_in():
+    model, images = small(), torch.randn(2, 3, 64, 64)
+    model(images)
+    expected = model.token_maps()["attention::blocks.1.attn"]
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        model(images)
+    under_autocast = model.token_maps()["attention::blocks.1.attn"]
+    assert under_autocast.dtype is torch.float32
+    assert 0 < (under_autocast - expected).norm() < 0.05 * expected.norm()
+    model.bfloat16()(images.bfloat16())
+    half = model.token_maps()["attention::blocks.1.attn"]
+    assert half.dtype is torch.float32
+    assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
+def test_large_attention_matrices_are_averaged_in_pieces(monkeypatch):
+    q, k = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 7, 4)
+    expected = attention_probabilities(q, k, 0.5).mean(2)
+    monkeypatch.setattr(token_maps, "PIECE", 4 * 2 * 3 * 7)  # 4, 4 and 2 queries
+    close(attention_received(q, k, 0.5), expected)
+    monkeypatch.setattr(token_maps, "PIECE", 1)
+    close(attention_received(q, k, 0.5), expected)
+
+
+@torch.no_grad()
+def test_compiled_and_traced_forwards_leave_token_maps_alone():
+    model, images = small(), torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    close(compiled(images), model(images))
+    before = model.token_maps()
+    other = torch.randn(2, 3, 64, 64)
+    compiled(other)
+    close(model.token_maps(), before)
+    model.eval()
+    compiled(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about itself
+        torch.jit.trace(model, other, check_trace=False)
+    assert model.token_maps() == {}

@@ -13,6 +13,8 @@ import torch
 
 from models import create_model, registry
 from models.layers.fourier import set_fourier_way
+from models.layers.grained import GrainedQueries, Router
+from models.metaformer import MetaFormer
 from tests.golden_tools import fill_module_, relative_error
 from tools import export
 
@@ -88,6 +90,51 @@ def test_onnx_gives_the_models_logits_at_other_batch_sizes(name, tmp_path):
     assert (tmp_path / f"{name}.onnx").is_file()
 
 
+# Mixers that run a block for other rows than all tokens.
+LAB_MIXERS = [
+    f"{mixer}({option})"
+    for mixer in ("attention", "head_token", "spatial_reduction")
+    for option in ("keep_rate=0.6", "grained=True")
+]
+
+
+def lab_frame(mixer):
+    """One stage of two blocks on 8x8 tokens, whose routers choose several granularities."""
+    torch.manual_seed(0)
+    model = MetaFormer(
+        mixers=[mixer], depths=(2,), embed_dims=(16,), head_dim=8, res_scale=(1.0,), img_size=32
+    )
+    fill_module_(model)
+    for router in (m for m in model.modules() if isinstance(m, Router)):
+        router.gate.weight.data.mul_(50)
+        router.gate.bias.data.zero_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("mixer", LAB_MIXERS)
+def test_lab_mixers_with_chosen_queries_are_exported(mixer, tmp_path):
+    model = lab_frame(mixer)
+    report = export.export_model(
+        model, torch.zeros(2, 3, 32, 32), ["export", "torchscript"], tmp_path
+    )
+    for entry in report["formats"].values():
+        assert entry["relative_error"] < 1e-5
+    model(torch.randn(3, 3, 32, 32))
+    (chosen,) = model.token_maps().values()
+    assert len(chosen.unique()) > 1, "the blocks must choose, or nothing is compared"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mixer",
+    ["attention(grained=True)", "head_token(keep_rate=0.6)", "spatial_reduction(keep_rate=0.6)"],
+)
+def test_lab_mixers_with_chosen_queries_are_exported_to_onnx(mixer, tmp_path):
+    pytest.importorskip("onnxruntime")
+    report = export.export_model(lab_frame(mixer), torch.zeros(2, 3, 32, 32), ["onnx"], tmp_path)
+    assert report["formats"]["onnx"]["relative_error"] < 1e-4
+
+
 @pytest.mark.parametrize(
     "name",
     ["deit_tiny_distilled_patch16_224", "dhvt_tiny_cifar_patch4", "pvt_tiny_256"],
@@ -135,13 +182,22 @@ def test_a_model_that_is_planned_per_size_refuses_any_size(name, reason, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mixer", LAB_MIXERS)
+def test_chosen_queries_refuse_any_size(mixer, tmp_path):
+    reason = "how many tokens it keeps" if "keep_rate" in mixer else "GrainedQueries.*index tables"
+    with pytest.raises(ValueError, match=f"{reason}.*DATA.IMG_SIZE"):
+        export.export_model(
+            lab_frame(mixer), torch.zeros(2, 3, 32, 32), ["export"], tmp_path, dynamic_size=True
+        )
+
+
 def test_the_model_itself_is_not_changed(tmp_path):
     name = "deit_dge_s124_tiny_patch16_256"
     model = build(name).train()
     before = copy.deepcopy(model.state_dict())
     export.export_model(model, example(name), ["export"], tmp_path)
     assert model.training
-    assert not any(getattr(module, "dense_evaluation", False) for module in model.modules())
+    assert not any(m.dense_evaluation for m in model.modules() if isinstance(m, GrainedQueries))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -210,3 +266,13 @@ def test_the_program_says_why_it_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         export.main([*words.split(), str(tmp_path), *opts])
     assert "any size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_folded_files_hold_no_batch_norm(fold, tmp_path):
+    name = "dfvt_tiny"
+    report = export.export_model(build(name), example(name), ["export"], tmp_path, name, fold=fold)
+    program = torch.export.load(tmp_path / f"{name}.pt2")
+    assert ("batch_norm" in str(program.graph)) != fold
+    assert report["folded"] is fold
+    assert report["formats"]["export"]["relative_error"] < 1e-5

@@ -42,6 +42,13 @@ def attention(cls, grid, window_size, shift, fixed_windows=False):
 
 def literal(module, x):
     """`module(x)` by loops, in float32."""
+    q, k, v, *plan = projected(module, x)
+    x = window_attention(q, k, v, *plan)
+    return F.linear(x, module.proj.weight.float(), module.proj.bias.float())
+
+
+def projected(module, x):
+    """What `window_attention` takes for `module(x)`."""
     heads, size = module.num_heads, tuple(x.shape[1:3])
     if module.fixed_windows:
         window, shift = module.window_size, module.shift
@@ -63,8 +70,7 @@ def literal(module, x):
     else:
         q = q * module.scale
         table = module.bias_table(window).float().t().unflatten(1, (2 * window - 1, -1))
-    x = window_attention(q, k, v, table, size, window, shift, not module.fixed_windows)
-    return F.linear(x, module.proj.weight.float(), module.proj.bias.float())
+    return q, k, v, table, size, window, shift, not module.fixed_windows
 
 
 @pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
@@ -85,6 +91,36 @@ def test_attention_and_its_gradients_equal_loops_over_pixels(cls, case):
     ours = torch.autograd.grad(ours, inputs, target)
     theirs = torch.autograd.grad(theirs, inputs, target)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+@pytest.mark.parametrize("case", CASES)
+def test_a_map_shows_what_each_position_gets_from_its_window(cls, case):
+    (height, width), window_size, shift, fixed = case
+    if fixed and cls is CosineWindowAttention:
+        pytest.skip("Swin V2 always shrinks its windows")
+    module = attention(cls, (6, 6), window_size, shift, fixed)
+    x = torch.randn(2, height, width, 8)
+    q, k, _, table, size, window, shift, hidden = projected(module, x)
+    # With one-hot values each position gathers its own row of the attention matrix.
+    places = q.shape[2] * q.shape[3]
+    values = torch.eye(places).view(1, 1, *q.shape[2:4], places).expand(2, 2, -1, -1, -1)
+    rows = window_attention(q, k, values, table, size, window, shift, hidden)
+    total = rows.unflatten(-1, (2, *q.shape[2:4])).sum((1, 2))[..., :height, :width]  # B h H W
+    row, column = (
+        (torch.arange(n) - shift) % length // window
+        for n, length in zip(size, q.shape[2:4], strict=True)
+    )
+    label = row[:, None] * places + column
+    asking = (label[:, :, None, None] == label).sum((0, 1))  # positions in the window of each
+    maps = module.attention_maps(x)
+    assert maps.keys() == {"attention"}
+    torch.testing.assert_close(maps["attention"], total / asking, rtol=1e-4, atol=1e-6)
+    if not fixed:  # padding gets nothing
+        for part in label.unique():
+            inside = maps["attention"][..., label == part].sum(-1)
+            torch.testing.assert_close(inside, torch.ones_like(inside))
 
 
 @pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])

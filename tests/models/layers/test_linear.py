@@ -1,0 +1,93 @@
+"""Linear layers by another library: the numbers of `F.linear`, and only where it suits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.layers import linear as module
+from models.layers.linear import Linear
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """The processor that prefers oneDNN, with two threads; returns whether the last call went there."""
+    calls = []
+    monkeypatch.setattr(module, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def conv2d(*args):
+        calls.append("onednn")
+        return convolve(*args)
+
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    return calls
+
+
+def strided(x):
+    """The same values with the channels apart in memory."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.clone, strided])
+@pytest.mark.parametrize("shape", [(64, 24), (2, 9, 7, 24)])
+def test_a_convolution_gives_the_values_and_gradients_of_f_linear(shape, layout, bias, onednn):
+    layer = Linear(24, 40, bias=bias)
+    inputs = [layout(torch.randn(shape)).requires_grad_(), *layer.parameters()]
+    out = layer(inputs[0])
+    assert onednn == ["onednn"]
+    expected = F.linear(*inputs)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous()
+    direction = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+    )
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(24),
+        torch.ones(63, 24),
+        torch.ones(0, 24),
+        torch.ones(100, 24, dtype=torch.float64),
+        torch.ones(100, 24, device="meta"),
+    ],
+    ids=["vector", "few rows", "nothing", "double", "meta"],
+)
+def test_other_inputs_go_to_f_linear(x, onednn):
+    layer = Linear(24, 40).to(x)
+    assert layer(x).shape == (*x.shape[:-1], 40)
+    assert not onednn
+
+
+def test_autocast_goes_to_f_linear(onednn):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Linear(24, 40)(torch.ones(100, 24)).dtype == torch.bfloat16
+    assert not onednn
+
+
+def test_an_exported_program_has_a_linear_layer(onednn):
+    program = torch.export.export(Linear(24, 40), (torch.ones(100, 24),))
+    assert "linear" in program.graph_module.code
+    assert not onednn
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        (dict(cpu_name="AMD EPYC", avx512_f=True), True),
+        (dict(cpu_name="AMD EPYC", avx512_f=False), False),
+        (dict(cpu_name="Intel(R) Xeon(R) Processor", avx512_f=True), False),
+        (dict(architecture="aarch64"), False),
+    ],
+)
+def test_onednn_is_for_processors_whose_wide_instructions_mkl_leaves_idle(
+    cpu, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert module._prefers_onednn.__wrapped__() is expected
