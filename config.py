@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from yacs.config import CfgNode
 
 import models  # noqa: F401  importing it registers every architecture
 from models import registry
+from models.layers.tokens import to_pair
 from utils.spelling import nearest
 
 _LOG = logging.getLogger(__name__)
@@ -157,8 +159,8 @@ _ELEMENTS: dict[str, tuple[type, ...]] = {
 }
 for _entry in registry.entries():
     for _name, _field in _entry.fields.items():
-        _TYPES[f"MODEL.{_entry.node}.{_name.upper()}"] = _field.types
-        _ELEMENTS[f"MODEL.{_entry.node}.{_name.upper()}"] = _field.elements
+        _TYPES[_entry.keys[_name]] = _field.types
+        _ELEMENTS[_entry.keys[_name]] = _field.elements
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "TASK": ("classification",),
@@ -172,6 +174,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "AMP_DTYPE": ("auto", "bf16", "fp16"),
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
 }
+
+# Keywords of architectures that count blocks.
+_BLOCKS = ("depth", "depths")
 
 # The interval of a number, or of each number of a list; a round bracket leaves its end out.
 _RANGES: dict[str, str] = {
@@ -228,6 +233,9 @@ _RANGES: dict[str, str] = {
     "PRINT_FREQ": "[1, inf)",
     "SEED": "[0, inf)",
 }
+# Blocks of a stage, or of the whole model: none is no stage. All other ranges are the constructors' own.
+for _entry in registry.entries():
+    _RANGES |= {_entry.keys[_name]: "[1, inf)" for _name in _entry.fields if _name in _BLOCKS}
 
 # Keys of Swin's and DFvT's files that have another home here.
 _ALIASES = {f"MODEL.{entry.node}.IN_CHANS": "MODEL.IN_CHANS" for entry in registry.entries()}
@@ -314,15 +322,9 @@ def validate(config: CfgNode) -> None:
     What only a mode needs is checked by `main.check`, so that a model can be built, timed and counted
     without the rest of a recipe: data, transforms, optimizer, an even batch for mixup.
     """
-    for key, interval in _RANGES.items():
-        value = _get(config, key)
-        numbers = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_within(number, interval) for number in numbers):
-            raise ValueError(f"{key}={value!r} must be within {interval}")
+    for key in _RANGES:
+        _check_range(key, _get(config, key))
     registry.find(config.MODEL.TYPE)
-    size = config.DATA.IMG_SIZE
-    if isinstance(size, list) and len(size) != 2:
-        raise ValueError(f"DATA.IMG_SIZE={size!r} must be one side in pixels or [height, width]")
     betas = config.TRAIN.OPTIMIZER.BETAS
     if len(betas) not in (2, 3):
         raise ValueError(
@@ -341,6 +343,22 @@ def validate(config: CfgNode) -> None:
         )
     if config.AMP_OPT_LEVEL in ("O1", "O2") and config.AMP_DTYPE == "bf16":
         raise ValueError("AMP_DTYPE='bf16' excludes AMP_OPT_LEVEL: Apex O1 and O2 work in fp16")
+
+
+def checked(key: str, value: Any, source: str) -> Any:
+    """`value`, which Python code gives for `key`, after the checks that `load_config` makes of that key.
+
+    Text is not decoded: num_classes="10" is a mistake in Python. Tuples become lists.
+
+    Args:
+        source: where the value comes from, in words, for the error.
+
+    Raises:
+        ValueError: wrong type, or out of range; the message names key, value and what is allowed.
+    """
+    value = _of_type(key, value, source)
+    _check_range(key, value)
+    return value
 
 
 def dump(config: CfgNode) -> str:
@@ -410,6 +428,15 @@ def _within(value: float, interval: str) -> bool:
     return above and (value <= high if interval[-1] == "]" else value < high)
 
 
+def _check_range(key: str, value: Any) -> None:
+    """ValueError if a number of `value` is out of the key's interval, or an image size is no size."""
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    if key in _RANGES and not all(_within(number, _RANGES[key]) for number in numbers):
+        raise ValueError(f"{key}={value!r} must be within {_RANGES[key]}")
+    if key == "DATA.IMG_SIZE":
+        to_pair(value, key)
+
+
 def _get(config: CfgNode, key: str) -> Any:
     node: Any = config
     for name in key.split("."):
@@ -437,7 +464,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if isinstance(node[name], CfgNode):
         keys = list(node[name])
         raise ValueError(f"{key} = {value!r} in {source}: {key} is a section, its keys are {keys}")
-    node[name] = _typed(key, value, node[name], source)
+    node[name] = _typed(key, value, source)
 
 
 def _spelling(key: str) -> str:
@@ -449,9 +476,9 @@ def _spelling(key: str) -> str:
     return ".".join(parts)
 
 
-def _typed(key: str, value: Any, current: Any, source: str) -> Any:
-    """`value` in one of the key's types and in the spelling of its choice, or ValueError."""
-    allowed = _TYPES.get(key) or (type(current),)
+def _typed(key: str, value: Any, source: str) -> Any:
+    """What a file or a command line says -> one of the key's types, in the spelling of its choice."""
+    allowed = _allowed(key)
     if isinstance(value, str) and str not in allowed:
         value = _decoded(value)
     elif value is None and type(None) not in allowed and str in allowed:
@@ -460,6 +487,13 @@ def _typed(key: str, value: Any, current: Any, source: str) -> Any:
         value = "no"  # YAML 1.1 reads a bare no as False
     elif type(value) in (int, float) and allowed == (str,):
         value = str(value)  # TAG: 1
+    value = _of_type(key, value, source)
+    return _chosen(key, value, source) if key in _CHOICES else value
+
+
+def _of_type(key: str, value: Any, source: str) -> Any:
+    """`value` in one of the key's types, tuples as lists, or ValueError."""
+    allowed = _allowed(key)
     if isinstance(value, tuple):
         value = list(value)
     value = _converted(value, allowed)
@@ -474,13 +508,17 @@ def _typed(key: str, value: Any, current: Any, source: str) -> Any:
         value = [_converted(element, kinds) for element in value]
         if not all(type(element) in kinds for element in value):
             raise ValueError(f"{key}={value!r} in {source} must be a list of {_names(kinds)}")
-    if key in _CHOICES:
-        value = _chosen(key, value, source)
     return value
 
 
+def _allowed(key: str) -> tuple[type, ...]:
+    return _TYPES.get(key) or (type(_get(_C, key)),)
+
+
 def _converted(value: Any, allowed: tuple[type, ...]) -> Any:
-    """Whole numbers may stand where fractions are asked for."""
+    """Numbers of NumPy become Python's; whole ones may stand where fractions are asked for."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if type(value) is int and int not in allowed and float in allowed:
         return float(value)
     return value

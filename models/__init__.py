@@ -1,13 +1,15 @@
 """All architectures behind `build_model(config)` and `create_model(name)`.
 
 Importing this package imports every module in it, so a new architecture is one file here and its
-YAML files under `configs/`; nothing has to list it.
+YAML files under `configs/`; nothing has to list it. No architectures are `backbone` (the contract),
+`registry` (the schema), `pretrained` (loading weights), `timm_registry` and `folding` (batch norms).
 """
 
 import importlib
 import logging
 import pkgutil
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +40,28 @@ def build_model(config: Any, **overrides: Any) -> Backbone:
         overrides: constructor keywords that replace config values, such as `num_classes`.
 
     Raises:
-        ValueError: MODEL.TYPE is unknown, a keyword is not one of its constructor's, or the
-            constructor refuses a value.
+        ValueError: MODEL.TYPE is unknown, a keyword is not one of its constructor's, or a value is
+            refused: by the checks of its config key, or by the constructor.
     """
+    from config import checked  # here, because config.py reads the schema from this package
+
     entry = registry.find(config.MODEL.TYPE)
-    node = config.MODEL[entry.node]
-    keywords = {name: node[name.upper()] for name in entry.fields}
-    keywords |= dict(
-        num_classes=1000 if config.MODEL.NUM_CLASSES is None else config.MODEL.NUM_CLASSES,
-        in_chans=config.MODEL.IN_CHANS,
-        img_size=config.DATA.IMG_SIZE,
-        drop_rate=config.MODEL.DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
-    )
-    unknown = sorted(set(overrides) - set(keywords))
+    unknown = sorted(set(overrides) - set(entry.keys))
     if unknown:
-        close = sorted({match for word in unknown for match in nearest(word, keywords)})
+        close = sorted({match for word in unknown for match in nearest(word, entry.keys)})
         raise ValueError(
             f"{entry.cls.__name__} has no argument {unknown}; did you mean one of {close}?"
         )
+    keywords = {
+        name: checked(key, overrides[name], f"the keyword {name}")
+        if name in overrides
+        else reduce(getitem, key.split("."), config)
+        for name, key in entry.keys.items()
+    }
+    if keywords["num_classes"] is None:
+        keywords["num_classes"] = 1000
     try:
-        return entry.cls(**(keywords | overrides))
+        return entry.cls(**keywords)
     except ValueError as error:
         if str(error).startswith("MODEL."):
             raise
@@ -89,7 +92,7 @@ def variant_file(name: str) -> Path:
 
 
 def _load_variant(name: str) -> Any:
-    from config import load_config  # here, because config.py reads the schema from this package
+    from config import load_config  # here, as in build_model
 
     return load_config(variant_file(name))
 

@@ -42,6 +42,8 @@ class Backbone(nn.Module):
         self.grad_checkpointing = False
         self._watched: set[nn.Module] = set()
         self._last_inputs = LastInputs()
+        # What `reset_classifier` has taken off, by full name; a plain dict stays out of the state dict.
+        self._set_aside: dict[str, Tensor] = {}
         self.register_load_state_dict_pre_hook(_keep_constant_buffers)
 
     # -- the two halves of forward ---------------------------------------------------------------
@@ -71,8 +73,32 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for `num_classes` classes; 0 removes it."""
-        raise NotImplementedError
+        """Replace the classifier by a fresh one for `num_classes` classes; 0 makes the dense build.
+
+        In most families the dense build also lacks, or has, other layers (`dense_differences`), so that what
+        it gives as features is not what the classifier reads (PVT and MetaFormer: not normalised; DHVT: the
+        mean of the map). `forward_head(..., pre_logits=True)` of a model with classifier is that.
+
+        A classifier is always fresh. Other layers that go come back as they were, unless a state dict was
+        loaded in between; those that come for the first time are fresh. New layers train or evaluate as the
+        model does.
+        """
+        layers, old = set(self.modules()), _tensors(self)
+        classifier = _ids(_tensors(self.get_classifier()))
+        self._reset_classifier(num_classes)
+        new = _tensors(self)
+        for layer in self.modules():
+            if layer not in layers:
+                layer.train(self.training)
+        with torch.no_grad():
+            for name in new.keys() & self._set_aside.keys():
+                kept = self._set_aside.pop(name)
+                if id(new[name]) not in _ids(old):  # else it only changed its name
+                    new[name].copy_(kept)
+        moved = _ids(new) | classifier
+        for name in old.keys() - new.keys():
+            if id(old[name]) not in moved:
+                self._set_aside[name] = old[name].detach().clone()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
@@ -170,6 +196,10 @@ class Backbone(nn.Module):
 
     # -- for subclasses --------------------------------------------------------------------------
 
+    def _reset_classifier(self, num_classes: int) -> None:
+        """What `reset_classifier` does to this architecture; sets `num_classes` too."""
+        raise NotImplementedError
+
     def watch(self, *blocks: nn.Module) -> None:
         """Let `token_maps` describe these blocks, which must run through `run_block`.
 
@@ -207,6 +237,15 @@ class Backbone(nn.Module):
         return x
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by full name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _ids(tensors: dict[str, Tensor]) -> set[int]:
+    return {id(tensor) for tensor in tensors.values()}
+
+
 @contextmanager
 def _frozen_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
     """Batch norms use the statistics of the batch, but do not count it a second time."""
@@ -225,6 +264,7 @@ def _keep_constant_buffers(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
     """Before loading: keep the model's own constants, whatever size the file was trained at."""
+    module._set_aside.clear()  # the layers of other weights
     own = {
         name: tensor
         for name, tensor in module.state_dict().items()

@@ -17,6 +17,8 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .layers.activations import SiLU
+from .layers.eager import can_split, in_pieces, piece
 from .layers.init import init_vit_, new_classifier
 from .layers.linear import Linear
 from .layers.mlp import Mlp
@@ -54,11 +56,17 @@ class ConvStem(nn.Module):
         # The first norm is `norm1` and the second one `norm`, as in the released weights.
         self.norm = nn.BatchNorm2d(embed_dim) if patch_norm else nn.Identity()
         self.norm1 = nn.BatchNorm2d(half) if patch_norm else nn.Identity()
+        self.act = SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        x = F.silu(self.norm1(self.proj1(x)))
-        return F.silu(self.norm(self.proj2(x)))
+        if not can_split(self, x):
+            return self._layers(x)
+        return in_pieces(self._layers, x, piece(self.proj1.out_channels * x[0, 0].numel() // 4))
+
+    def _layers(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.proj1(x)))
+        return self.act(self.norm(self.proj2(x)))
 
 
 class ConvBlock(nn.Module):
@@ -66,7 +74,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, dim: int, stride: int):
         super().__init__()
-        act = nn.SiLU()
+        act = SiLU()
         self.conv1x1_1 = nn.Sequential(
             *pointwise(dim, dim), act, *depthwise(dim), act, *depthwise(dim), act
         )
@@ -74,6 +82,13 @@ class ConvBlock(nn.Module):
         self.conv1x1_2 = nn.Sequential(*pointwise(dim, dim), act)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not can_split(self, x):
+            return self._layers(x)
+        length = piece(x[0].numel())
+        x = in_pieces(self.conv1x1_1, x, length)
+        return x, in_pieces(lambda part: self.conv1x1_2(self.conv1(part)), x, length)
+
+    def _layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.conv1x1_1(x)
         return x, self.conv1x1_2(self.conv1(x))
 
@@ -334,11 +349,10 @@ class DFvT(Backbone):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier; 0 makes the detection backbone of it, and another number brings it back.
+    def _reset_classifier(self, num_classes: int) -> None:
+        """0 classes make the detection backbone of it, and another number brings it back.
 
-        The norm of the last stage keeps its weights, what else is added is fresh, and bias tables are resized
-        where the windows change.
+        The norm of the last stage keeps its weights, and bias tables are resized where the windows change.
         """
         like = self.patch_embed.proj1.weight
         if self.dense != (num_classes == 0):

@@ -17,7 +17,7 @@ from .backbone import Backbone
 from .layers.conv_stem import ConvStem
 from .layers.daff import DAFF
 from .layers.head_interaction import HIAttention
-from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .registry import register
 
 
@@ -26,9 +26,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: HIAttention, mlp: DAFF, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
@@ -103,7 +103,7 @@ class DHVT(Backbone):
             for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0])
         )
         self.watch(self.blocks[-1])
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
         trunc_normal_(self.cls_token, std=0.02)
         self.head = new_classifier(embed_dim, num_classes)
@@ -125,7 +125,7 @@ class DHVT(Backbone):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def _reset_classifier(self, num_classes: int) -> None:
         like, mlp = self.norm.weight, self.blocks[-1].mlp
         if (num_classes > 0) != (self.num_classes > 0):
             mlp.set_class_gate(num_classes > 0)

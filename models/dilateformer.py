@@ -20,6 +20,7 @@ from utils.spelling import choose
 from .backbone import Backbone
 from .layers.attention import MapAttention
 from .layers.dilated import DilatedAttention
+from .layers.eager import can_split, in_pieces, piece
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple
@@ -56,7 +57,14 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Channels last from the first convolution on: the blocks then take the map as it is.
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.proj(pad_to_multiple(x, 4) if isinstance(self.proj, nn.Conv2d) else x)
+        if isinstance(self.proj, nn.Conv2d):
+            return self.proj(pad_to_multiple(x, 4))
+        if not can_split(self, x):
+            return self.proj(x)
+        first = self.proj[0]
+        return in_pieces(
+            self.proj, x, piece(first.out_channels * x[0, 0].numel() // first.stride[0] ** 2)
+        )
 
 
 class PatchMerging(nn.Module):
@@ -178,7 +186,7 @@ class DilateFormer(Backbone):
         self.watch(*(stage.blocks[-1] for stage in self.stages))
         self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
-        self.reset_classifier(num_classes)
+        self._reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, ceil(H/32) * ceil(W/32), 8C)."""
@@ -208,7 +216,7 @@ class DilateFormer(Backbone):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def _reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.head = new_classifier(self.num_features, num_classes).to(self.norm.weight)
 

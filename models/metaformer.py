@@ -21,7 +21,7 @@ from utils.spelling import choose
 from .backbone import Backbone
 from .layers.activations import ACTIVATIONS, SquaredReLU
 from .layers.daff import DAFF
-from .layers.init import drop_path_rates
+from .layers.init import LAYER_NORM_EPS, drop_path_rates
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple, to_pair
 from .mixers import MixerContext, QueryMixer, build_mixer
@@ -29,9 +29,9 @@ from .mixers.queries import KeptTokens
 from .registry import register
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer_norm": partial(nn.LayerNorm, eps=1e-6),
-    "layer_norm_no_bias": partial(nn.LayerNorm, eps=1e-6, bias=False),
-    "rms_norm": partial(nn.RMSNorm, eps=1e-6),
+    "layer_norm": partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+    "layer_norm_no_bias": partial(nn.LayerNorm, eps=LAYER_NORM_EPS, bias=False),
+    "rms_norm": partial(nn.RMSNorm, eps=LAYER_NORM_EPS),
 }
 STEMS = {
     "conv7": dict(kernel_size=7, stride=4, padding=2),
@@ -61,7 +61,7 @@ class Downsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre_norm(x).permute(0, 3, 1, 2)
-        # Zeros at the right and the bottom: without them the stem loses the last row of 4k + 1.
+        # Zeros at the right and the bottom: without them conv7's map is a row short for 4k + 1 and 4k + 2.
         x = self.conv(pad_to_multiple(x, self.conv.stride[0]))
         return self.post_norm(x.permute(0, 2, 3, 1))
 
@@ -246,7 +246,7 @@ class MetaFormer(Backbone):
 
         self.norm: nn.Module = nn.Identity()
         self.head: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self._reset_classifier(num_classes)
         self.apply(_init_)
         for mixer in self.mixers():
             if hasattr(mixer, "init_"):
@@ -290,10 +290,8 @@ class MetaFormer(Backbone):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier; 0 removes it.
-
-        A dense task normalises each map in place of the pooled features, so the norms of the one come when
+    def _reset_classifier(self, num_classes: int) -> None:
+        """A dense task normalises each map in place of the pooled features, so the norms of the one come when
         those of the other go, and no parameter is there unused.
         """
         self.num_classes = num_classes
@@ -303,12 +301,12 @@ class MetaFormer(Backbone):
             if num_classes and hasattr(self, name):
                 delattr(self, name)
             elif not num_classes and not hasattr(self, name):
-                self.add_module(name, nn.LayerNorm(info["channels"], eps=1e-6).to(like))
+                self.add_module(name, nn.LayerNorm(info["channels"], eps=LAYER_NORM_EPS).to(like))
         if not num_classes:
             self.norm, self.head = nn.Identity(), nn.Identity()
             return
         if isinstance(self.norm, nn.Identity):
-            self.norm = nn.LayerNorm(self.num_features, eps=1e-6).to(like)
+            self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS).to(like)
         self.head = self._make_head(self.num_features, num_classes, drop=self.drop_rate)
         self.head.apply(_init_).to(like)
 

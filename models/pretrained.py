@@ -21,6 +21,8 @@ from utils.spelling import nearest
 from utils.wrappers import unwrap
 
 from .backbone import CONSTANT_BUFFERS, Backbone
+from .layers.conv_stem import Affine
+from .layers.grained import GrainedQueries
 from .layers.resize import (
     ResizesTables,
     resize_bias_table,
@@ -37,6 +39,9 @@ _EMA_CONTAINERS = ("ema", "model_ema", "state_dict_ema")
 _PREFIXES = ("module", "_orig_mod", "encoder", "backbone")
 # Where a model without classes has no classifier to ask for its name.
 _HEAD_NAMES = ("head", "head_dist", "classifier", "fc")
+
+# Last name components of buffers that a file may lack: the model's own are as good.
+_OPTIONAL = ("num_batches_tracked", "splits")
 
 # ImageNet-22k lacks one class of ImageNet-1k, the teddy bear. In its place Swin's list
 # (data/map22kto1k.txt) has the garment that is called "teddy" too.
@@ -58,7 +63,8 @@ class LoadReport:
         missing: names in the model that the file lacks; they keep their fresh values.
         unexpected: names in the file that the model lacks.
         resized: name -> (shape in the file, shape in the model).
-        adapted: the same of a first convolution whose images have other channels.
+        adapted: the same of a first convolution, and an affine map before it, whose images have other
+            channels.
         remapped: the same of a classifier, whose rows for the classes of ImageNet-1k were taken from one for
             ImageNet-22k.
         head_replaced: names of the model's classifier that stayed fresh, or of the file's that a model
@@ -110,9 +116,10 @@ def load_pretrained(
 
     Position tables, bias tables and Fourier filters of another size are resampled by their papers'
     recipes. A first convolution for RGB is summed for grey images, and repeated and rescaled for other
-    channels. Of a classifier for the 21841 classes of ImageNet-22k, a model of 1000 classes takes the rows
-    of ImageNet-1k. One of any other class count, or one that the file lacks, stays as the model built it:
-    call this before training, on a fresh model.
+    channels; an affine map before it is averaged, or repeated. Of a classifier for
+    the 21841 classes of ImageNet-22k, a model of 1000 classes takes the rows of ImageNet-1k. One of any
+    other class count, or one that the file lacks, stays as the model built it: call this before training,
+    on a fresh model.
 
     Args:
         model: may be wrapped (DDP, torch.compile).
@@ -149,18 +156,21 @@ def load_pretrained(
     if new_head:
         _remap_head(weights, own, head, report)
     head_problem = _replace_head(weights, own, head, report)
-    misfits, reasons = {}, []
+    misfits, reasons = _refuse_splits(model, weights)
     stem = _first_conv(model)
     image = _image_size(content)
     grids = model.position_tables() if isinstance(model, Backbone) else {}
     for key in sorted(weights.keys() & own.keys()):
         old, new = weights[key], own[key]
         shapes = (tuple(old.shape), tuple(new.shape))
-        if new_head and key == stem and shapes[0] != shapes[1] and _differ_in_rgb_only(*shapes):
-            weights[key] = adapt_input_conv(new.shape[1], old)
+        owner = model.get_submodule(key.rpartition(".")[0])
+        adapted = None
+        if new_head and stem in own and shapes[0] != shapes[1]:
+            adapted = _adapt_channels(owner, key == stem, old, shapes[1], own[stem].shape[1])
+        if adapted is not None:
+            weights[key] = adapted
             report.adapted[key] = shapes
             continue
-        owner = model.get_submodule(key.rpartition(".")[0])
         try:
             table = _resize(owner, key, old, shapes[1], grids.get(key), image)
         except ValueError as error:
@@ -176,7 +186,8 @@ def load_pretrained(
             misfits[key] = f"{key} {shapes[0]} instead of {shapes[1]}"
             del weights[key]
     fresh_head = set(report.head_replaced)
-    report.missing = sorted(own.keys() - weights.keys() - fresh_head)
+    optional = {name for name in own if name.rsplit(".", 1)[-1] in _OPTIONAL}
+    report.missing = sorted(own.keys() - weights.keys() - fresh_head - optional)
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
     differences = model.dense_differences() if getattr(model, "num_classes", 1) == 0 else ()
@@ -359,6 +370,40 @@ def _first_conv(model: nn.Module) -> str | None:
     return None
 
 
+def _adapt_channels(
+    owner: nn.Module, is_stem: bool, old: Tensor, new: tuple[int, ...], in_chans: int
+) -> Tensor | None:
+    """A tensor that meets RGB images -> the same for images of `in_chans` channels; None if it is neither.
+
+    Grey images give what they give in three channels, if an affine map treats all three alike.
+    """
+    if is_stem and _differ_in_rgb_only(tuple(old.shape), new):
+        return adapt_input_conv(in_chans, old)
+    if isinstance(owner, Affine) and (tuple(old.shape), new) == ((1, 3, 1, 1), (1, in_chans, 1, 1)):
+        if in_chans == 1:
+            return old.mean(dim=1, keepdim=True)
+        return old[:, [channel % 3 for channel in range(in_chans)]]
+    return None
+
+
+def _refuse_splits(
+    model: nn.Module, weights: dict[str, Tensor]
+) -> tuple[dict[str, str], list[str]]:
+    """Take out of `weights` the routers that choose among other granularities, and say why."""
+    misfits, reasons = {}, []
+    for path, module in model.named_modules():
+        splits = weights.get(f"{path}.splits")
+        if not isinstance(module, GrainedQueries) or splits is None:
+            continue
+        if problem := module.splits_problem(splits):
+            for name in [name for name in weights if _is_under(name, [path])]:
+                misfits[name] = f"{name} of SPLITS={splits.tolist()}"
+                del weights[name]
+            if problem not in reasons:
+                reasons.append(problem)
+    return misfits, reasons
+
+
 def _differ_in_rgb_only(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
     """Whether convolution `old` is for images of three channels, and `new` differs in nothing else."""
     return len(old) == len(new) == 4 and old[1] == 3 and (old[0], *old[2:]) == (new[0], *new[2:])
@@ -408,7 +453,7 @@ def _resize(
             if before and num_special + size[0] * size[1] == new[1]:
                 mode = grid[2] if grid else mode
                 return resize_position_grid(old, num_special, before, size, mode)
-        raise ValueError(_UNKNOWN_GRID)
+        raise ValueError(_special_tokens(old.shape[1], [n for n, _ in choices]) or _UNKNOWN_GRID)
     if leaf == "relative_position_bias_table":
         if old.ndim != 2 or len(new) != 2 or old.shape[1] != new[1]:
             return None
@@ -462,6 +507,18 @@ def _image_grid(length: int, image: tuple[int, int] | None) -> tuple[int, int] |
     return None
 
 
+def _special_tokens(length: int, ours: list[int]) -> str:
+    """What to do about a table of `length` entries with other special tokens; empty if it has none such."""
+    theirs = [n for n in (0, 1, 2) if n not in ours and _root(length - n)]
+    if not theirs or not ours:
+        return ""
+    return (
+        f"special tokens: the file's table has {theirs[0]} before its grid, the model's "
+        f"{' or '.join(map(str, ours))} (1: class token, 2: a distillation token too); choose the variant "
+        "that the file is of, for DeiT with or without distillation (MODEL.DEIT.DISTILLED)"
+    )
+
+
 def _square_grids(length: int) -> list[tuple[int, tuple[int, int]]]:
     """(special tokens, square grid) that make up a table of `length` entries."""
     sides = [(num_special, _root(length - num_special)) for num_special in (0, 1, 2)]
@@ -499,7 +556,7 @@ def _refuse_misfits(
         problems.append(f"unexpected {len(unexpected)}: {_short(unexpected)}")
         if missing:
             close = nearest(unexpected[0], missing)[:3]
-            problems.append(f"is '{unexpected[0]}' meant to be one of {close}?")
+            problems.append(f"perhaps '{unexpected[0]}' is meant to be one of {close}")
     advice = ""
     if problems:
         advice = (

@@ -117,7 +117,7 @@ class PyramidTransformer(Backbone):
             self.watch(*(block for block in blocks[-1:] if isinstance(block, PyramidBlock)))
         self.pos_drop = nn.Dropout(drop_rate)
         self.norm: nn.Module = nn.Identity()
-        self.reset_classifier(num_classes)
+        self._reset_classifier(num_classes)
         self.apply(init_vit_)
         self._resized = TableCache()
 
@@ -182,8 +182,8 @@ class PyramidTransformer(Backbone):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier; the norm before it comes and goes with it."""
+    def _reset_classifier(self, num_classes: int) -> None:
+        """The norm before the classifier comes and goes with it."""
         self.num_classes = num_classes
         if not num_classes:
             self.norm = nn.Identity()

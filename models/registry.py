@@ -13,8 +13,14 @@ from typing import Any
 
 from utils.spelling import nearest
 
-# Keywords that every backbone takes from the shared keys MODEL.* and DATA.*, not from its own node.
-SHARED_KEYWORDS = ("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate")
+# Keywords that every backbone takes from shared keys, not from its own node.
+SHARED_KEYWORDS = {
+    "num_classes": "MODEL.NUM_CLASSES",
+    "in_chans": "MODEL.IN_CHANS",
+    "img_size": "DATA.IMG_SIZE",
+    "drop_rate": "MODEL.DROP_RATE",
+    "drop_path_rate": "MODEL.DROP_PATH_RATE",
+}
 
 _ENTRIES: dict[str, "Entry"] = {}
 
@@ -36,6 +42,12 @@ class Entry:
     node: str
     cls: type
     fields: dict[str, Field]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Keyword of the constructor -> config key, the shared ones included."""
+        own = {keyword: f"MODEL.{self.node}.{keyword.upper()}" for keyword in self.fields}
+        return own | SHARED_KEYWORDS
 
 
 def register(name: str, node: str | None = None) -> Callable[[type], type]:

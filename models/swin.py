@@ -239,8 +239,8 @@ class SwinBackbone(Backbone):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier; 0 makes `norm` that of the last stage, another number brings it back."""
+    def _reset_classifier(self, num_classes: int) -> None:
+        """0 classes make `norm` that of the last stage, another number brings it back."""
         self.num_classes = num_classes
         if self.stage_norms != (num_classes == 0):
             self.stage_norms = num_classes == 0

@@ -122,7 +122,7 @@ class VisionTransformer(Backbone):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
-        self.reset_classifier(num_classes)
+        self._reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, N, C), special ones first."""
@@ -176,7 +176,7 @@ class VisionTransformer(Backbone):
             return nn.ModuleList([self.head, self.head_dist])
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def _reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         like = self.norm.weight
         self.head = new_classifier(self.num_features, num_classes).to(like)

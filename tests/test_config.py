@@ -176,6 +176,11 @@ def test_missing_file_names_what_is_there(tmp_path):
         (["MODEL.DFvT.DEPTHS", "[2.0, 2]"], r"MODEL.DFvT.DEPTHS=\[2.0, 2\] .* list of int"),
         (["DATA.MEAN", "['a']"], r"DATA.MEAN=\['a'\] .* must be a list of float"),
         (["MODEL.SIMMIM.TYPO", "1"], r"unknown config key MODEL.SIMMIM.TYPO"),
+        (
+            ["MODEL.DFvT.DEPTHS", "[1, 0, 2, 1]"],
+            r"DFvT.DEPTHS=\[1, 0, 2, 1\] must be within \[1, inf\)",
+        ),
+        (["MODEL.DHVT.DEPTH", "0"], r"MODEL.DHVT.DEPTH=0 must be within \[1, inf\)"),
         (["DATA.IMG_SIZE", "[224]"], r"DATA.IMG_SIZE=\[224\] must be"),
         (["DATA.IMG_SIZE", "[1, 2, 3]"], r"DATA.IMG_SIZE=\[1, 2, 3\] must be"),
         (["EVAL_MODE", "True", "INFO_MODE", "True"], r"EVAL_MODE and INFO_MODE exclude"),

@@ -100,7 +100,8 @@ def dilated_attention(
     key 0 and value 0: it takes its share of the softmax and contributes nothing (no mask).
     """
     args = (num_heads, kernel_size, tuple(dilation), scale)
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    # The compiler fuses the passes of the plain code, and would specialise the function on each batch size.
+    if torch.is_grad_enabled() and qkv.requires_grad and not torch.compiler.is_compiling():
         return _DilatedAttention.apply(qkv, *args)
     return _forward(qkv, *args)[0]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# Values of the widest map of a piece, for what makes a few of them: 2 MiB of float32.
+# Values of the widest map of a piece, for what makes a few of them: 2 MiB of float32 per two threads.
 PIECE = 2**19
 
 
@@ -24,6 +24,12 @@ def can_split(module: nn.Module, x: Tensor) -> bool:
     return not module.training and not torch.is_grad_enabled() and eager_on_cpu(x)
 
 
+def piece(values: int) -> int:
+    """How many rows (or images) a piece has, if the widest map of one holds so many values; at least 1."""
+    threads = max(1, torch.get_num_threads() // 2)
+    return max(1, PIECE * threads // max(1, values))
+
+
 def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, length: int) -> Tensor:
     """`function` over pieces of at most `length` along the first axis, the results side by side.
 
@@ -32,15 +38,22 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, length: int) -> T
 
     Args:
         function: computes the rows (or images) of its argument independently.
-        length: at least one is taken.
+        length: see `piece`.
     """
-    length = max(1, length)
     if len(x) <= length:
         return function(x)
     out = None
     for start in range(0, len(x), length):
-        piece = function(x[start : start + length])
+        part = function(x[start : start + length])
         if out is None:
-            out = piece.new_empty(len(x), *piece.shape[1:])
-        out[start : start + length] = piece
+            out = _empty_for(len(x), part)
+        out[start : start + length] = part
     return out
+
+
+def _empty_for(length: int, part: Tensor) -> Tensor:
+    """(length, ...) for parts like this one, in its memory layout."""
+    last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (length, *part.shape[1:])
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .eager import PIECE, eager_on_cpu
+from .eager import eager_on_cpu, piece
 from .precision import without_autocast
 
 FOURIER_WAYS = ("auto", "fft", "matmul")
@@ -271,7 +271,7 @@ def _filter_pieces(
 
 def _image_pieces(x: Tensor) -> Iterator[slice]:
     """Slices of the batch of (B, H, W, C) that stay in the caches."""
-    length = max(1, PIECE // max(1, x[0].numel()))
+    length = piece(x[0].numel())
     return (slice(start, start + length) for start in range(0, len(x), length))
 
 

@@ -10,7 +10,7 @@ Shapes:     B batch, E extra tokens (class token) before the map, N = E + H*W to
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,17 @@ class GrainedQueries(nn.Module):
         # Part of published checkpoints; the computation reads `steps`, which no device has to be asked for.
         self.register_buffer("splits", torch.tensor(list(splits), dtype=torch.int64))
         self.router = Router(dim, len(splits))
+        self.register_load_state_dict_pre_hook(_check_splits)
+
+    def splits_problem(self, splits: Tensor) -> str:
+        """Why weights whose buffer `splits` is this one do not fit; empty if they do."""
+        theirs, ours = splits.tolist(), [self.region // step for step in self.steps]
+        if theirs == ours:
+            return ""
+        return (
+            f"the weights choose among the granularities SPLITS={theirs}, this model among {ours}, and the "
+            f"routers' outputs have that order: build the model with SPLITS {theirs}"
+        )
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Routing]:
         """Tokens (B, N, C) -> candidate queries (B, T, C), and the routing of the regions."""
@@ -180,6 +191,24 @@ def set_dense_evaluation(model: nn.Module, enable: bool) -> None:
     for module in model.modules():
         if isinstance(module, GrainedQueries):
             module.dense_evaluation = enable
+
+
+def _check_splits(
+    module: GrainedQueries,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before loading: other granularities are an error, and a state dict may lack them."""
+    key = prefix + "splits"
+    if key not in state_dict:
+        state_dict[key] = module.splits
+    elif problem := module.splits_problem(state_dict[key]):
+        errors.append(f"{key}: {problem}")
 
 
 class Selection(NamedTuple):

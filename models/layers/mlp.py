@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .activations import made_inplace
 from .checks import hidden_width
-from .eager import PIECE, can_split, in_pieces
+from .eager import can_split, in_pieces, piece
 from .linear import Linear
 
 
@@ -37,7 +37,7 @@ class Mlp(nn.Module):
         if x.ndim < 2 or not can_split(self, x):
             return self._layers(x)
         # Two maps as wide as the hidden one, or one where the activation works in place.
-        y = in_pieces(self._layers, x.flatten(0, -2), 2 * PIECE // self.fc1.out_features)
+        y = in_pieces(self._layers, x.flatten(0, -2), piece(self.fc1.out_features // 2))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _layers(self, x: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ def same_size(old: tuple[int, int], new: tuple[int, int]) -> bool:
     return not any(isinstance(side, torch.SymInt) for side in new) and tuple(old) == tuple(new)
 
 
+def precise_dtype(table: Tensor) -> torch.dtype:
+    """What to interpolate a table in: single precision at least, and its own if that is more."""
+    return torch.promote_types(table.dtype, torch.float32)
+
+
 def resize_position_grid(
     table: Tensor,
     num_special: int,
@@ -49,8 +54,8 @@ def resize_position_grid(
         return table
     special, grid = table[:, :num_special], table[:, num_special:]
     grid = grid.unflatten(1, old).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), new, mode=mode, align_corners=False).to(table.dtype)
-    return torch.cat([special, grid.flatten(2).transpose(1, 2)], dim=1)
+    grid = F.interpolate(grid.to(precise_dtype(table)), new, mode=mode, align_corners=False)
+    return torch.cat([special, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -58,9 +63,8 @@ def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int])
     if old == new:
         return table
     grid = table.t().unflatten(1, (2 * old[0] - 1, 2 * old[1] - 1))[None]
-    grid = F.interpolate(
-        grid.float(), (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic", align_corners=False
-    )
+    sides = (2 * new[0] - 1, 2 * new[1] - 1)
+    grid = F.interpolate(grid.to(precise_dtype(table)), sides, mode="bicubic", align_corners=False)
     return grid[0].flatten(1).t().to(table.dtype)
 
 
@@ -68,7 +72,7 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
     """Half-spectrum filters (h, w, F, 2) -> (*new, F, 2), corners aligned (DFFormer's recipe)."""
     if tuple(filters.shape[:2]) == tuple(new):
         return filters
-    dtype = torch.promote_types(filters.dtype, torch.float32)
+    dtype = precise_dtype(filters)
     # One matrix per axis: ten times faster than `interpolate` on the many channels of a global
     # filter, so that every forward pass can do it; half precision would blur the filters.
     with without_autocast(filters):

@@ -1,5 +1,7 @@
 """Moves between maps (B, C, H, W) and token sequences (B, H*W, C), in raster order."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,9 +18,16 @@ def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x.transpose(1, 2).unflatten(2, size)
 
 
-def to_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """An image size of the config, one side or [height, width] -> (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+def to_pair(size: int | Sequence[int], name: str = "img_size") -> Size:
+    """An image size of the config, one side or [height, width] -> (height, width).
+
+    Raises:
+        ValueError: anything else, such as the shape of an image; the message speaks of `name`.
+    """
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ValueError(f"{name}={size!r} must be one side in pixels or [height, width]")
+    return sides
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

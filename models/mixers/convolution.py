@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..layers.activations import StarReLU, made_inplace
 from ..layers.checks import hidden_width
-from ..layers.eager import PIECE, can_split, in_pieces
+from ..layers.eager import can_split, in_pieces, piece
 from ..layers.linear import Linear
 from .registry import register_mixer
 
@@ -40,7 +40,7 @@ class SepConv(nn.Module):
         if not can_split(self, x):
             return self.mix(x)
         width = self.pwconv1.out_features
-        return in_pieces(self.mix, x, PIECE // (x.shape[1] * x.shape[2] * width))
+        return in_pieces(self.mix, x, piece(x.shape[1] * x.shape[2] * width))
 
     def mix(self, x: Tensor) -> Tensor:
         """`forward` for all images at once."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.resize import FileGrid
+from ..layers.resize import FileGrid, precise_dtype
 from .registry import register_mixer
 
 
@@ -82,5 +82,5 @@ def _resize_matrix(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -
 
 def _resize_columns(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """(N, h*w) -> (N, h'*w'), each row seen as a map; bilinear, so what is positive stays positive."""
-    maps = matrix.unflatten(1, old)[:, None].float()
+    maps = matrix.unflatten(1, old)[:, None].to(precise_dtype(matrix))
     return F.interpolate(maps, new, mode="bilinear", align_corners=False).flatten(1)

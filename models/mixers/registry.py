@@ -187,7 +187,7 @@ def _describe(hint: Any) -> str:
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`"dilated(dilations=[1, 2])"` -> ("dilated", {"dilations": [1, 2]}); values are Python literals."""
+    """`"dilated(dilation=[1, 2])"` -> ("dilated", {"dilation": [1, 2]}); values are Python literals."""
     match = re.fullmatch(r"\s*([^\W\d]\w*)\s*(\(.*\))?\s*", spec, re.DOTALL)
     try:
         # Under another name, because `global` is a word of Python's own.

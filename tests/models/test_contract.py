@@ -20,6 +20,7 @@ from config import load_config
 from models import create_model, list_models, registry, variant_file
 from models.pretrained import load_pretrained
 from tests.golden_tools import FOLDER, SkipInit, fill_module_, is_constant, relative_error
+from tests.small_models import SMALL
 
 PARAMETERS: dict[str, int] = json.loads((FOLDER / "parameters.json").read_text())
 SIZES = [(64, 64), (96, 64), (75, 101), (32, 32), (33, 47)]
@@ -245,6 +246,66 @@ def test_without_its_classifier_it_is_built_as_for_dense_tasks_and_back(model, s
         forward = model.train().forward_pyramid if dense else model.train()
         total(forward(images())).backward()
         assert not without_finite_gradient(model)
+
+
+@torch.no_grad()
+def test_what_a_new_classifier_brings_evaluates_and_trains_as_the_model_does(name):
+    model = fill_module_(create_model(name, drop_rate=0.5)).eval()
+    for num_classes in (5, 0, 5):
+        model.reset_classifier(num_classes)
+        assert not [path for path, module in model.named_modules() if module.training]
+        assert torch.equal(model(images()), model(images()))
+    model.train()
+    frozen = next(m for m in model.modules() if not list(m.children())).eval()
+    for num_classes in (7, 0, 7):
+        model.reset_classifier(num_classes)
+        assert all(m.training for m in model.modules() if m is not frozen)
+        assert not frozen.training, "what was there is left alone"
+
+
+def body(model):
+    """Copies of all but the classifiers, which are always fresh, and the tables that DFvT resizes."""
+    return {
+        entry: tensor.clone()
+        for entry, tensor in model.state_dict().items()
+        if not entry.startswith("head") and not entry.endswith("_bias_table")
+    }
+
+
+def test_layers_that_go_with_the_classifier_come_back_as_they_were(model):
+    with_classifier = body(model)
+    model.reset_classifier(0)
+    without = body(model)
+    for num_classes, expected in ((5, with_classifier), (0, without), (5, with_classifier)):
+        model.reset_classifier(num_classes)
+        torch.testing.assert_close(body(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["pvt", "dhvt", "dfformer"])
+def test_layers_of_other_weights_do_not_come_back(family):
+    variant, sizes = SMALL[family]
+    model = build(variant, **sizes)
+    before = body(model)
+    model.reset_classifier(0)
+    gone = before.keys() - body(model).keys()
+    assert gone
+    model.load_state_dict(model.state_dict())
+    model.reset_classifier(5)
+    after = body(model)
+    assert not [entry for entry in gone if torch.equal(after[entry], before[entry])]
+
+
+@pytest.mark.parametrize("family", ["swin", "dfvt"])
+def test_a_layer_that_stays_under_another_name_keeps_what_it_learns(family):
+    variant, sizes = SMALL[family]
+    model = build(variant, **sizes)
+    model.reset_classifier(0)
+    model.reset_classifier(5)
+    model.reset_classifier(0)
+    with torch.no_grad():
+        model.final_norm.weight.fill_(7)
+    model.reset_classifier(5)
+    assert model.norm.weight.eq(7).all()
 
 
 @torch.no_grad()

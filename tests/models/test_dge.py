@@ -12,6 +12,7 @@ from models.dge import PVTDGE, DeiTDGE, GrainedBlock
 from models.layers import grained
 from models.layers.grained import ragged_attention
 from models.layers.spatial_reduction import SpatialReductionAttention
+from models.pretrained import load_pretrained
 from tests.reference.grained_encoder import grained_block
 
 SPLITS = [(4, 2, 1), (2, 4), (2, 1), (4,)]
@@ -155,6 +156,34 @@ def test_router_prefers_the_finest_grain_at_first():
             assert router.gate.bias.softmax(0).tolist() == pytest.approx([0.95, 0.025, 0.025])
             assert router.gate.bias[0].item() == pytest.approx(1.818793, abs=1e-6)
             assert 0.007 < router.gate.weight.std() < 0.013
+
+
+@pytest.mark.parametrize("build", [small_deit, small_pvt])
+def test_weights_of_other_granularities_are_refused(build):
+    model, state = build(splits=(4, 2, 1)), build(splits=(1, 2, 4)).state_dict()
+    before = copy.deepcopy(model.state_dict())
+    message = r"SPLITS=\[1, 2, 4\], this model among \[4, 2, 1\].*build the model with SPLITS"
+    with pytest.raises(ValueError, match=rf"gate\.bias of SPLITS=\[1, 2, 4\].*{message}"):
+        load_pretrained(model, state)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    report = load_pretrained(model, state, allow_partial=True)
+    assert {name.split(".dge.")[1] for name in report.missing} == {
+        "router.gate.weight",
+        "router.gate.bias",
+    }
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
+
+
+def test_a_state_dict_without_granularities_loads():
+    source, model = small_deit(), small_deit()
+    state = {n: t for n, t in source.state_dict().items() if not n.endswith("splits")}
+    assert len(state) < len(source.state_dict())
+    for load in (model.load_state_dict, lambda state: load_pretrained(small_deit(), state)):
+        load(state)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="router"):
+        model.load_state_dict({n: t for n, t in state.items() if "router" not in n})
 
 
 def test_splits_must_divide_the_largest():

@@ -301,7 +301,10 @@ def test_a_frame_may_have_other_stages_norms_and_heads():
     ("keywords", "message"),
     [
         (dict(depths=(1, 1)), "one entry per stage.*'DEPTHS': \\[1, 1\\]"),
-        (dict(act="gleu"), r"MODEL.METAFORMER.ACT='gleu' must be one of \['gelu', .* did you mean gelu"),
+        (
+            dict(act="gleu"),
+            r"MODEL.METAFORMER.ACT='gleu' must be one of \['gelu', .* did you mean gelu",
+        ),
         (dict(norm="ln"), "MODEL.METAFORMER.NORM='ln'.*layer_norm_no_bias"),
         (dict(stem="conv"), "MODEL.METAFORMER.STEM='conv'"),
         (dict(downsample="x"), "MODEL.METAFORMER.DOWNSAMPLE='x'"),

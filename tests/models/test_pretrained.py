@@ -1,5 +1,6 @@
 import argparse
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models import Backbone, registry
+from models.layers.conv_stem import Affine
 from models.layers.resize import (
     resize_bias_table,
     resize_complex_filter,
     resize_position_grid,
 )
+from models.mixers.plain import _resize_columns
 from models.pretrained import LoadReport, find_weights, has_averaged_weights, load_pretrained
 
 
@@ -392,6 +395,71 @@ def test_a_first_convolution_for_rgb_serves_other_channels(channels, caplog):
         load_pretrained(model, source.state_dict(), new_head=False)
 
 
+@pytest.mark.parametrize("channels", [1, 4, 7])
+def test_an_affine_map_before_the_first_convolution_serves_other_channels(channels):
+    sizes = dict(embed_dim=8, depth=1, num_heads=2, patch_size=4, num_classes=5)
+    build = registry.find("dhvt").cls
+    source, model = build(**sizes).eval(), build(**sizes, in_chans=channels).eval()
+    affine, stem = "patch_embed.pre_affine.", "patch_embed.proj.0.0.weight"
+    with torch.no_grad():
+        source.patch_embed.pre_affine.alpha.fill_(0.7)
+        source.patch_embed.pre_affine.beta.fill_(-0.3)
+    report = load_pretrained(model, source.state_dict())
+    assert set(report.adapted) == {affine + "alpha", affine + "beta", stem}
+    if channels == 1:
+        x = torch.rand(2, 1, 16, 16)
+        torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)))
+    with pytest.raises(ValueError, match=r"pre_affine\.alpha \(1, 3, 1, 1\) instead of"):
+        load_pretrained(model, source.state_dict(), new_head=False)
+    with torch.no_grad():
+        source.patch_embed.pre_affine.alpha.copy_(torch.tensor([1.0, 2, 6]).view(1, 3, 1, 1))
+    load_pretrained(model, source.state_dict())
+    expected = {1: [3], 4: [1, 2, 6, 1], 7: [1, 2, 6, 1, 2, 6, 1]}[channels]
+    assert model.patch_embed.pre_affine.alpha.flatten().tolist() == expected
+
+
+def test_no_other_affine_map_is_adapted():
+    source, model = (nn.Sequential(nn.Conv2d(3, 4, 1), Affine(dim)) for dim in (3, 5))
+    with pytest.raises(ValueError, match=r"1\.alpha \(1, 3, 1, 1\) instead of \(1, 5, 1, 1\)"):
+        load_pretrained(model, source.state_dict())
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_another_number_of_special_tokens_is_named(distilled):
+    build = partial(registry.find("deit").cls, img_size=64, embed_dim=8, depth=1, num_heads=2)
+    ours, theirs = 1 + distilled, 2 - distilled
+    with pytest.raises(
+        ValueError,
+        match=rf"file's table has {theirs} before its grid, the model's {ours} .*DEIT\.DISTILLED",
+    ) as error:
+        load_pretrained(build(distilled=distilled), build(distilled=not distilled).state_dict())
+    assert "neither square" not in str(error.value)
+
+
+def test_a_file_may_lack_the_counts_of_batch_norms():
+    source, model = (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+    source(torch.rand(2, 3, 4, 4))
+    state = {n: t for n, t in source.state_dict().items() if "num_batches" not in n}
+    report = load_pretrained(model, state)
+    assert (report.missing, report.loaded) == ([], len(state))
+    torch.testing.assert_close(model[1].running_mean, source[1].running_mean)
+    with pytest.raises(ValueError, match=r"missing 1: 1\.running_mean"):
+        load_pretrained(model, {n: t for n, t in state.items() if "mean" not in n})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_resized_tables_keep_the_digits_of_their_type(dtype):
+    third = torch.full((64, 1), 1 / 3, dtype=dtype)
+    for table in (
+        resize_position_grid(third[None], 0, (8, 8), (13, 13)),
+        resize_bias_table(third[:49], (4, 4), (7, 7)),
+        _resize_columns(third.t(), (8, 8), (13, 13)).to(dtype),
+    ):
+        assert table.dtype == dtype
+        expected = third[0].expand(table.shape)
+        torch.testing.assert_close(table, expected, rtol=16 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_only_rgb_stems_of_the_same_kernel_are_adapted():
     build = registry.find("swin").cls
     sizes = dict(embed_dim=8, depths=(1,), num_heads=(2,), window_size=2, img_size=16)
@@ -424,7 +492,8 @@ def test_names_that_do_not_match_are_refused_unless_asked_for(trained):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
         ValueError,
-        match=r"missing 1: norm\.weight.*unexpected 1: norm\.w3ight.*meant.*PARTIAL True",
+        match=r"missing 1: norm\.weight.*unexpected 1: norm\.w3ight.*"
+        r"meant to be one of \['norm\.weight'\]\. Check .*PARTIAL True",
     ):
         load_pretrained(model, state)
     assert is_loaded(model, before), "nothing is loaded before everything fits"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.layers import fourier
+from models.layers import eager, fourier
 from models.layers.fourier import FOURIER_WAYS, fourier_filter, quad_table, spectral_mlp
 from models.layers.resize import resize_complex_filter
 from models.mixers.fourier import AFNO, DynamicFilter, GlobalFilter
@@ -60,7 +60,7 @@ def test_pieces_of_a_batch_equal_the_plain_operations(bank, piece, monkeypatch):
     plain = fourier._from_quads(
         fourier._filter_quads(fourier._quads(x), quad_table(filters), routing), (6, 7)
     )
-    monkeypatch.setattr(fourier, "PIECE", piece)
+    monkeypatch.setattr(eager, "PIECE", piece)
     out = fourier_filter(*inputs, "matmul")
     assert_equal([out], [plain], 1e-12)
     assert_equal(gradients(out, inputs), gradients(plain, inputs), 1e-12)

@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.layers import activations
-from models.layers import mlp as module
+from models.layers import activations, eager
 from models.layers.activations import StarReLU
-from models.layers.eager import in_pieces
+from models.layers.eager import in_pieces, piece
 from models.layers.mlp import Mlp
 
 
@@ -76,7 +75,7 @@ def test_a_network_in_pieces_equals_it_at_once(shape, act, monkeypatch):
     expected = mlp(x)
     sizes = []
     mlp.fc1.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(module, "PIECE", 12)  # 3 rows of 8 hidden values
+    monkeypatch.setattr(eager, "PIECE", 12)  # 3 rows of 8 hidden values
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), expected)
     assert max(sizes) <= 4
@@ -84,7 +83,7 @@ def test_a_network_in_pieces_equals_it_at_once(shape, act, monkeypatch):
 
 def test_dropout_is_drawn_for_all_rows_at_once(monkeypatch):
     mlp = Mlp(4, 2.0, drop=0.5).train()
-    monkeypatch.setattr(module, "PIECE", 12)
+    monkeypatch.setattr(eager, "PIECE", 12)
     x, outputs = torch.randn(10, 4), []
     for grad in (True, False):  # as a reentrant checkpoint and its second pass
         torch.manual_seed(0)
@@ -93,7 +92,30 @@ def test_dropout_is_drawn_for_all_rows_at_once(monkeypatch):
     assert outputs[0].equal(outputs[1])
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize("length", [1, 3, 7, 8])
 def test_pieces_come_back_in_order(length):
     x = torch.arange(14.0).view(7, 2)
     assert in_pieces(lambda part: part.sum(1), x, length).equal(x.sum(1))
+
+
+def test_pieces_of_a_channels_last_map_give_one():
+    x = torch.randn(5, 3, 4, 6).contiguous(memory_format=torch.channels_last)
+    y = in_pieces(torch.nn.Conv2d(3, 8, 1), x, 2)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_piece_has_a_row_at_least():
+    assert piece(0) == eager.PIECE
+    assert piece(eager.PIECE // 4) == 4
+    assert piece(10 * eager.PIECE) == 1
+
+
+@pytest.mark.parametrize("name", ["dfvt_tiny", "dilateformer_tiny"])
+@torch.no_grad()
+def test_a_stem_in_pieces_equals_it_at_once(name, monkeypatch):
+    model = create_model(name, num_classes=3).eval()
+    x = torch.randn(3, 3, 64, 64)
+    monkeypatch.setattr(eager, "PIECE", 2**30)
+    expected = model(x)
+    monkeypatch.setattr(eager, "PIECE", 1)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
