@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import create_model
 from models.layers import activations, eager
 from models.layers.activations import StarReLU
 from models.layers.eager import in_pieces, piece
