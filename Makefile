@@ -38,6 +38,7 @@ tables: $(INSTALLED) ## count all models again and write the README's table (min
 
 bench: $(INSTALLED) ## time the families against their literal forms, within 30 minutes on 2 cores
 	$(BIN)/python benchmarks/run.py --minutes 25
+	$(BIN)/python tools/tables.py --speed
 
 clean: ## remove the environment and caches, never a run's output
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from models import create_model, registry
 from tests.small_models import SMALL
 
-STEPS, BATCH, LAST = 200, 16, 40
+STEPS, BATCH, LAST = 200, 32, 40
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def losses(family, digits, bfloat16):
     """Losses of `STEPS` steps of AdamW on digits; the same initial weights and images each time."""
     model, size = small(family)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     images, labels = digits
     order = torch.Generator().manual_seed(0)
     torch.manual_seed(1)  # draws of grained queries
@@ -57,7 +57,7 @@ def test_every_architecture_is_trained():
 def test_bfloat16_follows_float32_within_noise(family, digits):
     single, half = (losses(family, digits, bfloat16) for bfloat16 in (False, True))
     assert half.isfinite().all()
-    assert single[-LAST:].mean() < 0.98 * single[:5].mean(), "nothing was learnt"
+    assert single[-LAST:].mean() < 0.95 * single[:5].mean(), "nothing was learnt"
     # From batch to batch the loss varies by `std`; another order of the images changes the mean as much.
     difference = (half[-LAST:].mean() - single[-LAST:].mean()).abs()
     assert difference < 0.05 + 0.5 * single[-LAST:].std()

@@ -1,8 +1,9 @@
-"""The model table of README.md and the counts behind it (tests/golden/complexity.json).
+"""The tables of README.md: models, with their counts (tests/golden/complexity.json), and recorded speed.
 
     python tools/tables.py                    # print the table as the stored counts give it
     python tools/tables.py --update           # count every variant, store, write the table into README.md
     python tools/tables.py --update NAME ...  # count these only, for instance a new one
+    python tools/tables.py --speed            # write the recorded benchmarks into README.md
 
 Counts are of one image at the variant's own size (`utils/complexity.py`), and need no weights.
 """
@@ -29,6 +30,8 @@ from utils.complexity import count  # noqa: E402
 COUNTS = ROOT / "tests" / "golden" / "complexity.json"
 README = ROOT / "README.md"
 START, END = "<!-- models -->", "<!-- /models -->"
+SPEED_START, SPEED_END = "<!-- speed -->", "<!-- /speed -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 RESOLVERS = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}
 
@@ -122,22 +125,35 @@ def _source(architecture: str) -> str:
     return f"- `{path}`: {text.splitlines()[0]} {links}".rstrip()
 
 
-def insert(text: str, block: str) -> str:
+def speed_block() -> str:
+    """The recorded tables of benchmarks/results, the one of the CPU in eager mode first."""
+    files = sorted(RESULTS.glob("*.md"), key=lambda path: ("eager" not in path.stem, path.stem))
+    parts = [f"`benchmarks/results/{path.stem}`: {path.read_text().strip()}\n" for path in files]
+    return "\n".join([SPEED_START, *parts, SPEED_END])
+
+
+def insert(text: str, block: str, start: str = START, end: str = END) -> str:
     """`text` with `block` in the place of what is between its markers; ValueError if it has none."""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"{README.name} needs one line '{START}' and, after it, one line '{END}'")
-    return text[: text.index(START)] + block + text[text.index(END) + len(END) :]
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"{README.name} needs one line '{start}' and, after it, one line '{end}'")
+    return text[: text.index(start)] + block + text[text.index(end) + len(end) :]
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="count, store, and write README.md")
+    parser.add_argument(
+        "--speed", action="store_true", help="write the speed tables into README.md"
+    )
     parser.add_argument("names", nargs="*", help="variants to count; all of them if none is named")
     options = parser.parse_args(args)
     if options.names and not options.update:
         parser.error(f"{options.names}: names are for --update")
     counts = {name: entry for name, entry in read_counts().items() if name in list_models()}
-    if options.update:
+    if options.speed:
+        block = speed_block()
+        README.write_text(insert(README.read_text(), block, SPEED_START, SPEED_END))
+    elif options.update:
         insert(README.read_text(), "")  # minutes of counting must not end in this error
         for name in options.names or list_models():
             counts[name] = count_variant(name)

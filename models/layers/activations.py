@@ -78,10 +78,10 @@ def made_inplace(act: nn.Module) -> nn.Module:
 
 
 class SiLU(nn.SiLU):
-    """`nn.SiLU` that overwrites its input where no gradient is needed: for inputs that nobody else reads."""
+    """`nn.SiLU` for inputs that nobody else reads: eager on a CPU, without gradients, it overwrites them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not torch.is_grad_enabled())
+        return F.silu(x, inplace=eager_on_cpu(x) and not torch.is_grad_enabled())
 
 
 class SquaredReLU(nn.Module):

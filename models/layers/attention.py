@@ -1,9 +1,14 @@
 """Global multi-head self-attention."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .checks import check_heads
+from .eager import eager_on_cpu
 from .linear import Linear
 from .token_maps import attention_received
 
@@ -64,6 +69,38 @@ class MapAttention(Attention):
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         """(B, H, W, C) -> `attention` (B, heads, H, W) to each position, the mean over all of them."""
         return super().attention_maps(x.flatten(1, 2), (x.shape[1], x.shape[2]))
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T + bias) v, fused: (..., N, d); the bias broadcasts to (..., N, N)."""
+    if bias.requires_grad and torch.is_grad_enabled() and eager_on_cpu(q) and q.dtype == bias.dtype:
+        return _BiasedAttention.apply(q, k, v, bias, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+class _BiasedAttention(torch.autograd.Function):
+    """Keeps no attention matrix: PyTorch's fused kernel for CPUs has no gradient of the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, out = ctx.saved_tensors
+        probs = (q @ k.transpose(-2, -1)).mul_(ctx.scale).add_(bias).softmax(-1)
+        grad_v = probs.transpose(-2, -1) @ grad
+        # The softmax's gradient: what each logit gets, less the mean over its row.
+        grad_logits = (grad @ v.transpose(-2, -1)).sub_((grad * out).sum(-1, keepdim=True))
+        grad_logits.mul_(probs)
+        grad_bias = grad_logits.sum_to_size(bias.shape)
+        grad_q = (grad_logits @ k).mul_(ctx.scale)
+        grad_k = (grad_logits.transpose(-2, -1) @ q).mul_(ctx.scale)
+        return grad_q, grad_k, grad_v, grad_bias, None
 
 
 def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:

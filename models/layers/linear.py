@@ -37,14 +37,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _suits_convolution(x: Tensor, weight: Tensor) -> bool:
     return (
-        eager_on_cpu(x)
+        x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
-        # With one thread PyTorch has convolutions of its own, made of MKL's products.
-        and torch.get_num_threads() > 1
-        and _prefers_onednn()
+        and (
+            eager_on_cpu(x) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
+        )
+        and _convolves()
     )
+
+
+@torch.compiler.assume_constant_result
+def _convolves() -> bool:
+    # With one thread PyTorch has convolutions of its own, made of MKL's products.
+    return torch.get_num_threads() > 1 and _prefers_onednn()
 
 
 @cache

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from .attention import biased_attention
 from .checks import check_heads
 from .linear import Linear, linear
 from .resize import FileGrid, resize_bias_table
@@ -207,7 +208,7 @@ class Windowed(nn.Module):
         # broadcasts over the batch.
         q, k, v = self.project(cut_windows(x, window, shift, by_image=masked))
         bias = self._additive(grid, masked, shift_mask if grid == self.grid else None, q)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        x = biased_attention(q, k, v, bias, self.scale)
         return self.proj_drop(self.proj(join_windows(x, grid, window, shift, self.num_heads)))
 
     def attention_maps(self, x: Tensor, shift_mask: Tensor | None = None) -> dict[str, Tensor]:

@@ -41,6 +41,14 @@ def test_the_readme_holds_the_table_of_the_stored_counts():
     )
 
 
+def test_the_readme_holds_the_recorded_speed():
+    text = tables.README.read_text()
+    block = tables.speed_block()
+    assert tables.insert(text, block, tables.SPEED_START, tables.SPEED_END) == text, (
+        "run `python tools/tables.py --speed`"
+    )
+
+
 def test_the_table_groups_the_variants_by_family():
     block = tables.to_markdown({name: COUNTS[name] for name in ("dfvt_tiny", "dfvt_base")})
     assert block.startswith(tables.START)

@@ -76,6 +76,15 @@ def test_an_exported_program_has_a_linear_layer(onednn):
     assert not onednn
 
 
+def test_a_compiled_layer_takes_the_same_library(onednn):
+    torch.compiler.reset()
+    layer, x = Linear(24, 40), torch.randn(100, 24)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.linear(x, *layer.parameters()))
+    assert onednn
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [

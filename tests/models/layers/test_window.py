@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.layers.attention import biased_attention
 from models.layers.window import (
     CosineWindowAttention,
     WindowAttention,
@@ -268,3 +269,18 @@ def test_window_mlp_equals_loops_over_heads_and_windows(size, shifted):
                 )
     out = out[:, start : start + size[0], start : start + size[1]]
     torch.testing.assert_close(module(x), out)
+
+
+@pytest.mark.parametrize("bias_shape", [(1, 3, 5, 5), (2, 3, 5, 5), (3, 1, 5)])
+def test_attention_with_a_learned_bias_has_the_gradients_of_the_formula(bias_shape):
+    inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3)]
+    inputs = [x.requires_grad_() for x in (*inputs, torch.randn(bias_shape, dtype=torch.float64))]
+    q, k, v, bias = inputs
+    expected = (0.3 * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    out = biased_attention(*inputs, 0.3)
+    direction = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+    )
