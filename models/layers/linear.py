@@ -36,15 +36,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits_convolution(x: Tensor, weight: Tensor) -> bool:
+    # First what keeps exporters away from the sizes: a comparison would bound their free batch.
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return (
-        x.device.type == "cpu"
+        (compiled or eager_on_cpu(x))
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
         and not torch.is_autocast_enabled("cpu")
-        and (
-            eager_on_cpu(x) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
-        )
         and _convolves()
+        and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
     )
 
 
