@@ -46,7 +46,6 @@ def race(
     round_s = 0.0
     for mode in modes:
         for i, contestant in enumerate(contestants):
-            contestant.prepared(mode)
             run = passes[i, mode] = make_pass(contestant, mode, setting)
             for _ in range(warmup):
                 run()
@@ -100,7 +99,7 @@ def _time_latencies(
 
 def measure_peaks(setting: Setting) -> dict[str, float]:
     """What the machine reaches on a large matrix product and on a copy: `tflop_per_s`, `gb_per_s`."""
-    dtype = torch.bfloat16 if setting.amp.name == "bfloat16" else torch.float32
+    dtype = setting.amp.dtype
     side = 8192 if setting.device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=setting.device, dtype=dtype) for _ in range(2))
     source = torch.zeros(2**28 if setting.device.type == "cuda" else 2**26, device=setting.device)

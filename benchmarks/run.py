@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     for mode in modes:
         for c in contestants:
-            size = 4 if setting.amp.name == "float32" else 2
+            size = setting.amp.dtype.itemsize
             bound = bounds(counted[c.name], machine, mode, args.batch_size, size)
             rows.append(figures(c, mode, args.batch_size, bound))
     result = dict(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.activations import SiLU
-from .layers.eager import can_split, in_pieces, piece
+from .layers.eager import in_pieces_if_idle
 from .layers.init import init_vit_, new_classifier
 from .layers.linear import Linear
 from .layers.mlp import Mlp
@@ -60,9 +60,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
-        if not can_split(self, x):
-            return self._layers(x)
-        return in_pieces(self._layers, x, piece(self.proj1.out_channels * x[0, 0].numel() // 4))
+        values = self.proj1.out_channels * x.shape[2] * x.shape[3] // 4
+        return in_pieces_if_idle(self, self._layers, x, values)
 
     def _layers(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.proj1(x)))
@@ -82,15 +81,12 @@ class ConvBlock(nn.Module):
         self.conv1x1_2 = nn.Sequential(*pointwise(dim, dim), act)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not can_split(self, x):
-            return self._layers(x)
-        length = piece(x[0].numel())
-        x = in_pieces(self.conv1x1_1, x, length)
-        return x, in_pieces(lambda part: self.conv1x1_2(self.conv1(part)), x, length)
+        values = x.shape[1:].numel()
+        x = in_pieces_if_idle(self, self.conv1x1_1, x, values)
+        return x, in_pieces_if_idle(self, self._to_context, x, values)
 
-    def _layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.conv1x1_1(x)
-        return x, self.conv1x1_2(self.conv1(x))
+    def _to_context(self, x: Tensor) -> Tensor:
+        return self.conv1x1_2(self.conv1(x))
 
 
 class Dane(nn.Module):

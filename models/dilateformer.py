@@ -20,7 +20,7 @@ from utils.spelling import choose
 from .backbone import Backbone
 from .layers.attention import MapAttention
 from .layers.dilated import DilatedAttention
-from .layers.eager import can_split, in_pieces, piece
+from .layers.eager import in_pieces_if_idle
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple
@@ -59,12 +59,9 @@ class ConvStem(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         if isinstance(self.proj, nn.Conv2d):
             return self.proj(pad_to_multiple(x, 4))
-        if not can_split(self, x):
-            return self.proj(x)
         first = self.proj[0]
-        return in_pieces(
-            self.proj, x, piece(first.out_channels * x[0, 0].numel() // first.stride[0] ** 2)
-        )
+        values = first.out_channels * x.shape[2] * x.shape[3] // first.stride[0] ** 2
+        return in_pieces_if_idle(self, self.proj, x, values)
 
 
 class PatchMerging(nn.Module):

@@ -9,19 +9,27 @@ from torch import Tensor, nn
 PIECE = 2**19
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether nothing but autograd records what is done with `x`."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def eager_on_cpu(x: Tensor) -> bool:
-    """Whether `x` has numbers on a CPU, and nothing records what is done with it but autograd."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    """`is_eager`, with numbers on a CPU."""
+    return x.device.type == "cpu" and is_eager(x)
 
 
-def can_split(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module` may take a batch piece by piece: in evaluation, without gradients, eager on a CPU."""
-    return not module.training and not torch.is_grad_enabled() and eager_on_cpu(x)
+def in_pieces_if_idle(
+    module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, values: int
+) -> Tensor:
+    """`function(x)`, a part of `module`; in evaluation without gradients, eager on a CPU, `in_pieces`.
+
+    Args:
+        values: of the widest map that `function` makes of one row (or image), see `piece`.
+    """
+    if module.training or torch.is_grad_enabled() or not eager_on_cpu(x):
+        return function(x)
+    return in_pieces(function, x, piece(values))
 
 
 def piece(values: int) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .eager import eager_on_cpu, piece
+from .eager import eager_on_cpu, is_eager, piece
 from .precision import without_autocast
 
 FOURIER_WAYS = ("auto", "fft", "matmul")
@@ -163,10 +163,9 @@ def _choose(x: Tensor, run: Callable[[str], Tensor]) -> str:
 
 
 def _can_be_timed(x: Tensor) -> bool:
-    if eager_on_cpu(x):
-        return True
-    eager = x.is_cuda and type(x) is Tensor and not torch.compiler.is_compiling()
-    return eager and not torch.jit.is_tracing() and not torch.cuda.is_current_stream_capturing()
+    if x.is_cuda:
+        return is_eager(x) and not torch.cuda.is_current_stream_capturing()
+    return eager_on_cpu(x)
 
 
 def _faster(way: str, x: Tensor, run: Callable[[str], Tensor]) -> str:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .activations import made_inplace
 from .checks import hidden_width
-from .eager import can_split, in_pieces, piece
+from .eager import in_pieces_if_idle
 from .linear import Linear
 
 
@@ -34,10 +34,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim < 2 or not can_split(self, x):
+        if x.ndim < 2:
             return self._layers(x)
         # Two maps as wide as the hidden one, or one where the activation works in place.
-        y = in_pieces(self._layers, x.flatten(0, -2), piece(self.fc1.out_features // 2))
+        y = in_pieces_if_idle(self, self._layers, x.flatten(0, -2), self.fc1.out_features // 2)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _layers(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..layers.activations import StarReLU, made_inplace
 from ..layers.checks import hidden_width
-from ..layers.eager import can_split, in_pieces, piece
+from ..layers.eager import in_pieces_if_idle
 from ..layers.linear import Linear
 from .registry import register_mixer
 
@@ -37,10 +37,8 @@ class SepConv(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_split(self, x):
-            return self.mix(x)
-        width = self.pwconv1.out_features
-        return in_pieces(self.mix, x, piece(x.shape[1] * x.shape[2] * width))
+        values = x.shape[1] * x.shape[2] * self.pwconv1.out_features
+        return in_pieces_if_idle(self, self.mix, x, values)
 
     def mix(self, x: Tensor) -> Tensor:
         """`forward` for all images at once."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.activations import StarReLU, made_inplace
 from ..layers.checks import hidden_width
-from ..layers.eager import can_split, in_pieces, piece
+from ..layers.eager import in_pieces_if_idle
 from ..layers.fourier import fourier_filter, quad_table, spectral_mlp
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
@@ -38,9 +38,7 @@ class _SpectralMixer(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not can_split(self, x):
-            return self.mix(x)
-        return in_pieces(self.mix, x, piece(x.shape[1] * x.shape[2] * self.hidden_dim))
+        return in_pieces_if_idle(self, self.mix, x, x.shape[1] * x.shape[2] * self.hidden_dim)
 
     def mix(self, x: Tensor) -> Tensor:
         """`forward` for all images at once."""

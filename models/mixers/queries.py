@@ -18,6 +18,7 @@ from torch import Tensor
 from ..layers.attention import Attention, merge_heads, split_heads
 from ..layers.grained import GrainedQueries, Routing, coarser_cells, ragged_attention
 from ..layers.head_interaction import HIAttention
+from ..layers.linear import linear
 from ..layers.spatial_reduction import SpatialReductionAttention
 from ..layers.token_maps import attention_probabilities
 from ..layers.tokens import Size
@@ -42,7 +43,7 @@ class SplitAttention(Attention):
 
     def _part(self, x: Tensor, rows: slice) -> Tensor:
         bias = self.qkv.bias
-        return F.linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
+        return linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
 
 
 class SplitHeadTokenAttention(SplitAttention, HIAttention):

@@ -9,10 +9,8 @@ from benchmarks.contestants import Contestant, Setting, make_pass
 from benchmarks.literal import literal
 from benchmarks.measure import peak_memory
 from models import create_model
-from tests.small_models import SMALL
+from tests.small_models import SMALL, WITH_LITERAL_FORM
 from utils.amp import Amp
-
-WITHOUT_LITERAL_FORM = {"dpvt", "deit_dge", "pvt_dge", "swin_mlp"}
 
 
 def step_memory(model, size):
@@ -23,7 +21,7 @@ def step_memory(model, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(SMALL.keys() - WITHOUT_LITERAL_FORM))
+@pytest.mark.parametrize("family", WITH_LITERAL_FORM)
 def test_a_step_holds_less_than_the_literal_one(family):
     name, overrides = SMALL[family]
     if "window_size" in overrides:

@@ -11,10 +11,8 @@ from benchmarks.contestants import Contestant, Setting, enter, fix_routing
 from benchmarks.literal import literal
 from benchmarks.report import bounds, figures
 from models import create_model
-from tests.small_models import METAFORMER, SMALL
+from tests.small_models import METAFORMER, SMALL, WITH_LITERAL_FORM
 from utils.amp import Amp
-
-WITHOUT_LITERAL_FORM = {"dpvt", "deit_dge", "pvt_dge", "swin_mlp"}
 
 
 def tiny(family):
@@ -38,7 +36,7 @@ def logits_and_gradients(model, x):
     return y, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", sorted(SMALL.keys() - WITHOUT_LITERAL_FORM))
+@pytest.mark.parametrize("family", WITH_LITERAL_FORM)
 def test_the_literal_model_equals_the_model(family):
     model, x = tiny(family)
     twin = literal(model).eval()
