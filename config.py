@@ -22,6 +22,7 @@ import models  # noqa: F401  importing it registers every architecture
 from models import registry
 from models.layers.tokens import to_pair
 from utils.spelling import nearest
+from utils.wrappers import COMPILE_MODES
 
 _LOG = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ _C.AMP_OPT_LEVEL = ""  # '': native | O0: off | O1, O2: NVIDIA Apex
 _C.DEVICE = "auto"  # auto: a GPU where there is one | cpu | cuda | cuda:1 (one process)
 _C.CHANNELS_LAST = False
 _C.COMPILE = False  # torch.compile the model
+_C.COMPILE_MODE = "default"  # reduce-overhead: CUDA graphs, for batches of one size | max-autotune
 _C.DETERMINISTIC = False  # the same bits on every run of the same machine, slower
 _C.OUTPUT = "output"  # a run writes to OUTPUT/MODEL.NAME/TAG
 _C.TAG = "default"
@@ -172,6 +174,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "AUG.REMODE": ("pixel", "const", "rand"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16"),
+    "COMPILE_MODE": COMPILE_MODES,
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
 }
 

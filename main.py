@@ -43,6 +43,7 @@ from utils.distributed import Runtime, all_reduce_sum, cleanup, init_distributed
 from utils.ema import ModelEma
 from utils.plotting import plot_training
 from utils.seeding import seed_everything, set_deterministic
+from utils.wrappers import compiled
 
 _LOG = logging.getLogger("mixlab.main")
 
@@ -70,7 +71,7 @@ def wrap(config: CfgNode, model: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.world_size > 1:
         devices = [runtime.device.index] if runtime.device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-    return torch.compile(model) if config.COMPILE else model
+    return compiled(config, model)
 
 
 def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> Backbone:
@@ -316,7 +317,7 @@ def evaluate_only(config: CfgNode, runtime: Runtime) -> None:
     load_weights(config, model, source)
     model, _ = amp.prepare(model)
     metrics = evaluate(
-        torch.compile(model) if config.COMPILE else model,
+        compiled(config, model),
         task,
         data.val,
         device=runtime.device,
@@ -410,7 +411,7 @@ def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device
     """Throughput and latency of a deployed copy, with what they depend on."""
     model = fold_batch_norms(model)
     timed = measure_throughput(
-        torch.compile(model) if config.COMPILE else model,
+        compiled(config, model),
         batch_size=config.DATA.BATCH_SIZE,
         image_size=to_pair(config.DATA.IMG_SIZE),
         in_chans=config.MODEL.IN_CHANS,
@@ -418,7 +419,12 @@ def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device
         amp=amp,
         channels_last=config.CHANNELS_LAST,
     )
-    return dict(model=config.MODEL.NAME, compile=config.COMPILE, **timed)
+    return dict(
+        model=config.MODEL.NAME,
+        compile=config.COMPILE,
+        compile_mode=config.COMPILE_MODE if config.COMPILE else None,
+        **timed,
+    )
 
 
 def report_skipped(data: Data) -> int:

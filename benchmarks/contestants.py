@@ -85,14 +85,16 @@ def enter(
     entries: Sequence[str],
     baseline: str,
     setting: Setting,
-    compile_models: bool = False,
-    compile_baselines: bool = False,
+    compile_models: str | None = None,
+    compile_baselines: str | None = None,
 ) -> list[Contestant]:
     """The contestants in the order of their turns, each model before its baseline.
 
     Args:
         entries: `model` or `model=baseline`; `model@0.5` asks half of the queries that a grained model can.
-        baseline: of entries that name none: "literal", "self", "timm-swin-t" or a model.
+        baseline: of entries that name none: "literal", "self", "timm-swin-t", a model, or
+            "literal:" and a model.
+        compile_models, compile_baselines: modes of torch.compile, None leaves them eager.
 
     Raises:
         ValueError: an unknown name, or no literal form.
@@ -109,7 +111,7 @@ def enter(
             rival = Contestant(f"{name} ({against})", twin, model.size, is_baseline=True)
             model.difference = _difference(model, rival, setting)
         else:
-            rival = shared.get(against) or _build(against, setting)
+            rival = shared.get(against) or _build_rival(against, setting)
             rival.is_baseline = True
         model.baseline = rival
         order.append(model)
@@ -122,11 +124,21 @@ def enter(
         ours = not contestant.is_baseline or contestant.name.endswith(" (self)")
         if ours:
             contestant.deployed = fold_batch_norms(contestant.model)
-        if compile_models if ours else compile_baselines:
+        if mode := compile_models if ours else compile_baselines:
             for module in filter(None, (contestant.model, contestant.deployed)):
-                module.compile()
+                module.compile(mode=mode)
             contestant.compiled = True
     return order
+
+
+def _build_rival(name: str, setting: Setting) -> Contestant:
+    kind, _, variant = name.rpartition(":")
+    if kind not in ("", "literal"):
+        raise ValueError(f"the baseline {name} must be a model's name, or literal: and one")
+    rival = _build(variant, setting)
+    if kind:
+        rival.name, rival.model = f"{variant} (literal)", literal(rival.model)
+    return rival
 
 
 def _build(name: str, setting: Setting) -> Contestant:

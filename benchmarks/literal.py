@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import dfvt, dhvt, dilateformer, evit, metaformer, pvt, swin, vit
+from models.layers import conv_stem as conv_stem_of_dhvt
 from models.layers import window as windows
-from models.layers.activations import StarReLU
+from models.layers.activations import GELU, SiLU, StarReLU
 from models.layers.attention import Attention, MapAttention, merge_heads, split_heads
 from models.layers.daff import DAFF
 from models.layers.dilated import DilatedAttention
@@ -271,6 +272,14 @@ def star_relu(act: StarReLU, x: Tensor) -> Tensor:
     return act.scale.to(x.dtype) * F.relu(x) ** 2 + act.bias.to(x.dtype)
 
 
+def silu(act: SiLU, x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+def gelu(act: GELU, x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
 def linear(layer: Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
@@ -292,6 +301,16 @@ def daff(module: DAFF, x: Tensor) -> Tensor:
 def conv_stem(stem: dilateformer.ConvStem, x: Tensor) -> Tensor:
     """In PyTorch's default layout."""
     return stem.proj(pad_to_multiple(x, 4) if isinstance(stem.proj, nn.Conv2d) else x)
+
+
+def dhvt_stem(stem: conv_stem_of_dhvt.ConvStem, x: Tensor) -> Tensor:
+    """All images at once."""
+    return stem.post_affine(stem.proj(stem.pre_affine(x)))
+
+
+def separable_convolution(mixer: convolution.SepConv, x: Tensor) -> Tensor:
+    """All images at once."""
+    return mixer.mix(x)
 
 
 def dfvt_stem(stem: dfvt.ConvStem, x: Tensor) -> Tensor:
@@ -339,17 +358,21 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     filters.GlobalFilter: global_filter,
     filters.AFNO: afno,
     StarReLU: star_relu,
+    SiLU: silu,
+    GELU: gelu,
     Linear: linear,
     Mlp: mlp,
     DAFF: daff,
     metaformer.MapDAFF: dropped_daff,
     dilateformer.ConvStem: conv_stem,
+    conv_stem_of_dhvt.ConvStem: dhvt_stem,
+    convolution.SepConv: separable_convolution,
     dfvt.ConvStem: dfvt_stem,
     dfvt.ConvBlock: conv_block,
 }
 
 # Mixers that MixLab computes as their papers state them.
-AS_WRITTEN = (convolution.SepConv, plain.Identity, plain.Pooling, plain.RandomMixing)
+AS_WRITTEN = (plain.Identity, plain.Pooling, plain.RandomMixing)
 
 
 @cache

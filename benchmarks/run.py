@@ -28,6 +28,7 @@ from benchmarks.contestants import TIMM_SWIN, Setting, enter  # noqa: E402  foun
 from benchmarks.measure import MEMORY_KINDS, measure_peaks, race  # noqa: E402
 from benchmarks.report import bounds, costs, figures, fingerprint, to_markdown, write  # noqa: E402
 from utils.amp import Amp  # noqa: E402
+from utils.wrappers import COMPILE_MODES  # noqa: E402
 
 # One of each family, and MixLab's Swin-T beside timm's.
 MODELS = (
@@ -38,7 +39,7 @@ MODELS = (
     "dfformer_s18",
     "cdfformer_s18",
     "gfformer_s18",
-    "deit_dge_s124_small_patch16_256@0.5=deit_small_patch16_256",
+    "deit_dge_s124_small_patch16_256@0.5=literal:deit_small_patch16_256",
     "swin_tiny_patch4_window7_224=timm-swin-t",
 )
 MODES = ("inference", "train")
@@ -52,7 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="MODEL[=BASELINE]", help=" ")
     parser.add_argument(
-        "--baseline", default="literal", help=f"literal, self, {TIMM_SWIN} or a model's name"
+        "--baseline",
+        default="literal",
+        help=f"literal, self, {TIMM_SWIN}, a model's name, or literal:NAME",
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=" ")
     parser.add_argument("--batch-size", type=int, default=8, help=" ")
@@ -61,6 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" "
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
+    parser.add_argument(
+        "--compile-mode",
+        choices=COMPILE_MODES,
+        default="default",
+        help="reduce-overhead: CUDA graphs",
+    )
     parser.add_argument("--compile-baseline", action="store_true", help="and the baselines")
     parser.add_argument("--channels-last", action="store_true", help="weights and images so")
     parser.add_argument("--rounds", type=int, default=11, help="turns of each contestant")
@@ -82,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     machine = fingerprint(device) | measure_peaks(setting)
     try:
         contestants = enter(
-            args.models, args.baseline, setting, args.compile, args.compile_baseline
+            args.models,
+            args.baseline,
+            setting,
+            args.compile_mode if args.compile else None,
+            args.compile_mode if args.compile_baseline else None,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -113,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             batch_size=args.batch_size,
             channels_last=args.channels_last,
             compile=args.compile,
+            compile_mode=args.compile_mode,
             compile_baseline=args.compile_baseline,
             rounds=rounds,
             warmup=args.warmup,

@@ -9,6 +9,7 @@ Shapes:     B batch, C channels, H/W map; convolutions see (B, C, H, W) laid out
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -313,14 +314,19 @@ class DFvT(Backbone):
         y = x
         if i < len(self.multiresolution_conv):
             x = F.max_pool2d(x, 3, 2, 1)
-            folded = space_to_depth(detail.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            y = self.run_block(self.multiresolution_conv[i], folded)
+            mix = partial(self._to_detail, i)
+            y = in_pieces_if_idle(self, mix, detail, detail.shape[1:].numel())
         x = (x + context).permute(0, 2, 3, 1)
         y = y.permute(0, 2, 3, 1).to(x.dtype)
         y_hat = F.layer_norm(y, y.shape[-1:])  # shared by the gates of all blocks
         for block in self.layers[i].blocks:
             x = self.run_block(block, x, y, y_hat)
         return x, detail
+
+    def _to_detail(self, i: int, detail: Tensor) -> Tensor:
+        """What the gates of level i take of the convolution path: (B, C, R, R) -> (B, C, R/2, R/2)."""
+        folded = space_to_depth(detail.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.run_block(self.multiresolution_conv[i], folded)
 
     def _next_level(self, i: int, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, 2C, H, W), the input of level i + 1."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from utils.spelling import choose
 
 from .backbone import Backbone
+from .layers.activations import GELU
 from .layers.attention import MapAttention
 from .layers.dilated import DilatedAttention
 from .layers.eager import in_pieces_if_idle
@@ -51,7 +52,7 @@ class ConvStem(nn.Module):
         for i, (kernel, stride, padding) in enumerate(STEMS[patch_way]):
             layers.append(nn.Conv2d(*widths[i : i + 2], kernel, stride, padding, bias=False))
             if i < 3:
-                layers += [nn.BatchNorm2d(widths[i + 1]), nn.GELU()]
+                layers += [nn.BatchNorm2d(widths[i + 1]), GELU()]
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -71,17 +71,32 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def made_inplace(act: nn.Module) -> nn.Module:
-    """`act`, which from now on may overwrite its input where no gradient is needed; for the layer's owner."""
+    """`act` for inputs that nobody else reads: eager on a CPU, without gradients, it may overwrite them.
+
+    For the owner of the layer before; what a hook keeps of that layer's output is then overwritten too.
+    """
     if isinstance(act, StarReLU):
         act.inplace = True
-    return act
+    exact = type(act) is nn.GELU and act.approximate == "none"
+    return GELU() if exact else SiLU() if type(act) is nn.SiLU else act
 
 
 class SiLU(nn.SiLU):
-    """`nn.SiLU` for inputs that nobody else reads: eager on a CPU, without gradients, it overwrites them."""
+    """`made_inplace(nn.SiLU())`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=eager_on_cpu(x) and not torch.is_grad_enabled())
+        return F.silu(x, inplace=_may_overwrite(x))
+
+
+class GELU(nn.GELU):
+    """`made_inplace(nn.GELU())`, the exact form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x) if _may_overwrite(x) else F.gelu(x)
+
+
+def _may_overwrite(x: Tensor) -> bool:
+    return eager_on_cpu(x) and not torch.is_grad_enabled()
 
 
 class SquaredReLU(nn.Module):

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .checks import check_heads
-from .eager import eager_on_cpu
+from .eager import eager_on_cpu, piece
 from .linear import Linear
 from .token_maps import attention_received
+
+# Up to so many keys, on a CPU, the terms one after the other in pieces beat PyTorch's fused kernel.
+_FEW_KEYS = 64
 
 
 class Attention(nn.Module):
@@ -73,9 +76,24 @@ class MapAttention(Attention):
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + bias) v, fused: (..., N, d); the bias broadcasts to (..., N, N)."""
-    if bias.requires_grad and torch.is_grad_enabled() and eager_on_cpu(q) and q.dtype == bias.dtype:
-        return _BiasedAttention.apply(q, k, v, bias, scale)
+    if eager_on_cpu(q) and q.dtype == bias.dtype:
+        if torch.is_grad_enabled():
+            if bias.requires_grad:
+                return _BiasedAttention.apply(q, k, v, bias, scale)
+        elif k.shape[-2] <= _FEW_KEYS and q.dtype == torch.float32 and len(bias) == 1:
+            return _attention_in_pieces(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The same, a few batch entries at a time, so that their logits stay in the caches."""
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+    length = piece(2 * q.shape[1:-1].numel() * k.shape[-2])
+    parts = (tensor.split(length) for tensor in (q, k, v, out))
+    for q_part, k_part, v_part, out_part in zip(*parts, strict=True):
+        logits = (q_part @ k_part.transpose(-2, -1)).mul_(scale).add_(bias)
+        out_part.copy_(logits.softmax(-1) @ v_part)
+    return out
 
 
 class _BiasedAttention(torch.autograd.Function):

@@ -5,6 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .activations import GELU
+from .eager import in_pieces_if_idle
+
 
 class Affine(nn.Module):
     """x * alpha + beta per channel of a map (B, C, H, W)."""
@@ -42,11 +45,15 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
-            layers += [nn.Sequential(conv, nn.BatchNorm2d(width_out)), nn.GELU()]
+            layers += [nn.Sequential(conv, nn.BatchNorm2d(width_out)), GELU()]
         self.pre_affine = Affine(in_chans)
         # The last convolution is linear, but the released patch-2 models activate their only one.
         self.proj = nn.Sequential(*(layers if depth == 1 else layers[:-1]))
         self.post_affine = Affine(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        values = self.proj[0][0].out_channels * x.shape[2] * x.shape[3] // 4
+        return in_pieces_if_idle(self, self._layers, x, values)
+
+    def _layers(self, x: Tensor) -> Tensor:
         return self.post_affine(self.proj(self.pre_affine(x)))

@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import made_inplace
 from .checks import hidden_width
+from .eager import in_pieces_if_idle
 from .linear import linear
 
 
@@ -37,7 +39,7 @@ class DAFF(nn.Module):
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, dim, 1)
         self.bn3 = nn.BatchNorm2d(dim)
-        self.act = act()
+        self.act = made_inplace(act())
         self.set_class_gate(class_gate)
 
     def set_class_gate(self, enable: bool) -> None:
@@ -47,6 +49,10 @@ class DAFF(nn.Module):
         self.excitation = nn.Linear(dim // 4, dim) if enable else None
 
     def forward(self, x: Tensor) -> Tensor:
+        values = x.shape[1] * x.shape[2] * self.conv1.out_channels
+        return in_pieces_if_idle(self, self._layers, x, values)
+
+    def _layers(self, x: Tensor) -> Tensor:
         x = self.act(_conv_norm(x, self.conv1, self.bn1))  # B H W 4C
         x = x + self.act(_conv_norm(x, self.conv2, self.bn2))
         return _conv_norm(x, self.conv3, self.bn3)  # B H W C

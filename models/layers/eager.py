@@ -1,12 +1,13 @@
 """When eager mode on a CPU may take shortcuts that compilers, exporters and tracers must not see."""
 
 from collections.abc import Callable
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 
-# Values of the widest map of a piece, for what makes a few of them: 2 MiB of float32 per two threads.
-PIECE = 2**19
+# Values of the widest map of a piece, for what makes a few of them: 4 MiB of float32 per two threads.
+PIECE = 2**20
 
 
 def is_eager(x: Tensor) -> bool:
@@ -39,7 +40,7 @@ def piece(values: int) -> int:
 
 
 def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, length: int) -> Tensor:
-    """`function` over pieces of at most `length` along the first axis, the results side by side.
+    """`function` over even pieces of at most `length` along the first axis, the results side by side.
 
     What `function` makes on the way then stays in the caches: whole maps of an early stage do not fit, and
     the memory for each of them comes from the system page by page. Hooks inside see the pieces.
@@ -50,6 +51,7 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, length: int) -> T
     """
     if len(x) <= length:
         return function(x)
+    length = ceil(len(x) / ceil(len(x) / length))
     out = None
     for start in range(0, len(x), length):
         part = function(x[start : start + length])

@@ -128,6 +128,9 @@ class GrainedQueries(nn.Module):
         changes = change(candidates.flatten(0, 1), None).unflatten(0, candidates.shape[:2])
         return x + self.spread_all(changes, gates, size)
 
+    # The number of rows is known only when the routers have spoken: compilers leave this part as it is,
+    # instead of making a graph for each number.
+    @torch.compiler.disable
     def ask_chosen(
         self, x: Tensor, candidates: Tensor, gates: Tensor, size: Size, change: Change
     ) -> Tensor:

@@ -40,7 +40,8 @@ def space_to_depth(x: Tensor) -> Tensor:
 
     Channel blocks in the order of patch merging: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
     """
-    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    if x.shape[1] % 2 or x.shape[2] % 2:  # padding by nothing copies
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 C
     return x.permute(0, 1, 3, 4, 2, 5).flatten(3)
 

@@ -152,6 +152,16 @@ def test_inference_is_timed_without_batch_norms_and_a_step_with_them():
     assert rival.prepared("inference") is rival.prepared("train")
 
 
+def test_the_literal_form_of_another_model_can_be_the_baseline():
+    setting = Setting(torch.device("cpu"), Amp("cpu", "float32"), 1, False)
+    model, rival = enter(["evit_small_r07_fuse=literal:deit_small_patch16_224"], "literal", setting)
+    assert model.baseline is rival
+    assert rival.name == "deit_small_patch16_224 (literal)"
+    assert type(rival.model.blocks[0].attn).__name__ == "LiteralAttention"
+    with pytest.raises(ValueError, match="literal:"):
+        enter(["evit_small_r07_fuse=exact:deit_small_patch16_224"], "literal", setting)
+
+
 def test_peak_memory_counts_what_is_alive_together():
     mib = torch.empty(2**18)  # of float32
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import create_model
-from models.layers.grained import set_dense_evaluation
+from models.layers.grained import Router, set_dense_evaluation
 from tests.small_models import SMALL
 
 
@@ -44,6 +44,38 @@ def test_a_model_is_one_graph_for_any_number_of_images(family):
         x = torch.randn(batch, 3, overrides["img_size"], overrides["img_size"])
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
     assert backend.graphs <= 2
+
+
+@torch.no_grad()
+def test_packed_queries_make_no_graph_of_their_own():
+    name, overrides = SMALL["deit_dge"]
+    model = create_model(name, num_classes=10, **overrides).eval()
+    backend = CountingBackend()
+    run = torch.compile(model, backend=backend)
+    asked, graphs = set(), []
+    for bias in (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0):
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.gate.weight.normal_(std=1.0)
+                module.gate.bias.copy_(torch.tensor([0.0, bias, -bias]))
+        x = torch.randn(3, 3, overrides["img_size"], overrides["img_size"])
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+        asked.add(float(model.complexity().dynamic.sum()))
+        graphs.append(backend.graphs)
+    assert len(asked) > 3
+    assert graphs[-1] == graphs[0]
+
+
+def test_a_shrinking_keep_rate_makes_few_graphs():
+    name, overrides = SMALL["evit"]
+    model = create_model(name, num_classes=10, **overrides).train()
+    backend = CountingBackend()
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(2, 3, overrides["img_size"], overrides["img_size"])
+    for percent in range(100, 40, -4):
+        model.set_keep_rate(percent / 100)
+        run(x).sum().backward()
+    assert backend.graphs <= 3
 
 
 @pytest.mark.slow

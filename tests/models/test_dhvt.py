@@ -7,6 +7,7 @@ from torch import nn
 
 from models import create_model
 from models.dhvt import DHVT
+from models.layers import eager
 from models.layers.conv_stem import ConvStem
 from models.layers.daff import DAFF
 from models.layers.head_interaction import HIAttention
@@ -41,6 +42,23 @@ def literal_attention(attn, tokens):
         [1, length - 1, heads], 1
     )
     return torch.cat([cls + head_tokens.mean(1, keepdim=True), patches], dim=1)
+
+
+@torch.no_grad()
+def test_images_in_pieces_equal_them_at_once(monkeypatch):
+    model = fill_module_(DHVT(**TINY)).eval()
+    x, sizes = torch.randn(5, 3, 32, 48), []
+    expected = model(x)
+
+    def note(_, inputs, __):
+        if inputs[0].ndim == 4:  # the class token's squeeze has the same activation
+            sizes.append(len(inputs[0]))
+
+    for module in (model.patch_embed.proj[0], model.blocks[0].mlp.act):
+        module.register_forward_hook(note)
+    monkeypatch.setattr(eager, "PIECE", 1)
+    assert relative_error(model(x), expected) < 1e-5
+    assert set(sizes) == {1}
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers import linear as module
 from models.layers.linear import Linear
+from tests.models.layers.kernels.tools import assert_sound
 
 
 @pytest.fixture
@@ -76,13 +78,34 @@ def test_an_exported_program_has_a_linear_layer(onednn):
     assert not onednn
 
 
-def test_a_compiled_layer_takes_the_same_library(onednn):
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compiled_layer_takes_the_same_library(bias, onednn):
     torch.compiler.reset()
-    layer, x = Linear(24, 40), torch.randn(100, 24)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), F.linear(x, *layer.parameters()))
+    layer, x = Linear(24, 40, bias=bias), torch.randn(4, 25, 24, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    inputs = [x, *layer.parameters()]
+    out, expected = compiled(x), F.linear(*inputs)
     assert onednn
+    direction = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+    )
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_of_compiled_layers_keeps_the_rules_of_operators(bias):
+    inputs = [torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6) if bias else None]
+    inputs = [None if t is None else t.requires_grad_() for t in inputs]
+    assert_sound(torch.ops.mixlab.linear.default, tuple(inputs))
+
+
+def test_flops_of_a_compiled_layer_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.mixlab.linear(torch.randn(2, 5, 8), torch.randn(6, 8), None)
+    assert counter.get_total_flops() == 2 * 10 * 8 * 6
 
 
 @pytest.mark.parametrize(

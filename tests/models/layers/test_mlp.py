@@ -58,14 +58,24 @@ def test_star_relu_keeps_the_type_of_bfloat16():
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_star_relu_overwrites_only_for_its_owner():
+@pytest.mark.parametrize("act", [StarReLU, torch.nn.GELU, torch.nn.SiLU])
+def test_an_activation_overwrites_only_for_its_owner_and_without_gradients(act):
     x = torch.randn(9)
     before = x.clone()
+    inplace = activations.made_inplace(act())
     with torch.no_grad():
-        StarReLU()(x)
+        expected = act()(x)
         assert x.equal(before)
-        activations.made_inplace(StarReLU())(x)
-    assert not x.equal(before)
+    inplace(x.requires_grad_()).sum().backward()
+    with torch.no_grad():
+        assert x.equal(before)
+        assert inplace(x).equal(x)
+    torch.testing.assert_close(x.detach(), expected)
+
+
+def test_other_activations_stay_as_they_are():
+    approximate = torch.nn.GELU("tanh")
+    assert activations.made_inplace(approximate) is approximate
 
 
 @pytest.mark.parametrize("act", [torch.nn.GELU, StarReLU])

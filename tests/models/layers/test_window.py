@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.layers import attention as module
 from models.layers.attention import biased_attention
 from models.layers.window import (
     CosineWindowAttention,
@@ -269,6 +270,19 @@ def test_window_mlp_equals_loops_over_heads_and_windows(size, shifted):
                 )
     out = out[:, start : start + size[0], start : start + size[1]]
     torch.testing.assert_close(module(x), out)
+
+
+@pytest.mark.parametrize("bias_shape", [(1, 2, 4, 4), (5, 2, 4, 4), (4, 4)])
+def test_attention_in_pieces_equals_the_formula(bias_shape, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(module, "piece", lambda values: pieces.append(values) or 2)
+    q, k, v = torch.randn(3, 5, 4, 2, 3).transpose(2, 3).unbind()  # 5 windows, 2 heads, 4 tokens
+    bias = torch.randn(bias_shape)
+    expected = (0.3 * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    with torch.no_grad():
+        torch.testing.assert_close(biased_attention(q, k, v, bias, 0.3), expected)
+    # Any other bias may belong to entries of the batch, and is not cut.
+    assert bool(pieces) == (bias_shape == (1, 2, 4, 4))
 
 
 @pytest.mark.parametrize("bias_shape", [(1, 3, 5, 5), (2, 3, 5, 5), (3, 1, 5)])
