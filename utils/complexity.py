@@ -198,19 +198,24 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _count(model: nn.Module, example: Tensor, named: nn.Module) -> Complexity:
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
+    given: dict[str, set[tuple[int, int]]] = {}
     hooks = []
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
 
+            def note(_: nn.Module, inputs: Any, name: str = name) -> None:
+                given[name] = {(id(tensor), tensor._version) for tensor in _tensors(inputs)}
+
             def record(_: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                # What passes through unchanged (Identity, Dropout in evaluation) is no new tensor.
-                passed = {id(tensor) for tensor in _tensors(inputs)}
                 for tensor in _tensors(output):
-                    if id(tensor) in passed:
+                    # What passes through unchanged (Identity, Dropout in evaluation) is no new tensor; what
+                    # is overwritten would be one in training.
+                    if (id(tensor), tensor._version) in given[name]:
                         continue
                     elements[name] = elements.get(name, 0) + tensor.numel()
                     sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
 
+            hooks.append(module.register_forward_pre_hook(note))
             hooks.append(module.register_forward_hook(record))
     counter = FlopCounterMode(display=False, custom_mapping=_FFT)
     # A model may have a faster way of its own (`Backbone.counting`); its cost must not depend on it.

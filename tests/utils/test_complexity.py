@@ -93,6 +93,11 @@ def test_unchanged_outputs_are_no_activations():
     assert count(model, torch.zeros(1, 4)).modules[0].activations == 4
 
 
+def test_overwritten_outputs_count_as_in_training():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), Gate())
+    assert count(model, torch.ones(2, 4)).modules[0].activations == 3 * 2 * 4
+
+
 def test_shared_parameters_count_once():
     layer = nn.Linear(4, 4)
     assert count(nn.Sequential(layer, layer), torch.zeros(1, 4)).modules[0].params == 20
