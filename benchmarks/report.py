@@ -194,12 +194,17 @@ def _leads(point: tuple[float, float], points: dict[str, tuple[float, float]]) -
     return not any(g >= point[0] and s > point[1] for g, s in points.values())
 
 
-def write(result: dict[str, Any], folder: Path) -> Path:
-    """The result as .json, .md and .png; the name says device, precision and how it was run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run = result["run"]
+def file_name(result: dict[str, Any]) -> str:
+    """Device, precision and how it was run, and what, if it was one mode alone; without a suffix."""
+    run, modes = result["run"], {row["mode"] for row in result["rows"]}
     parts = [run["device"], run["dtype"], "compiled" if run["compile"] else "eager"]
-    path = folder / "_".join(parts + ["channels_last"] * run["channels_last"])
+    return "_".join(parts + ["channels_last"] * run["channels_last"] + [*modes] * (len(modes) == 1))
+
+
+def write(result: dict[str, Any], folder: Path) -> Path:
+    """The result as .json, .md and .png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(result)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(to_markdown(result))
     draw(result, path.with_suffix(".png"))

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import measure, run
 from benchmarks.contestants import Contestant, Setting, enter, fix_routing
 from benchmarks.literal import literal
-from benchmarks.report import bounds, figures
+from benchmarks.report import bounds, figures, file_name
 from models import create_model
 from tests.small_models import METAFORMER, SMALL, WITH_LITERAL_FORM
 from utils.amp import Amp
@@ -191,6 +191,19 @@ def test_a_grained_model_asks_the_share_of_queries_that_it_is_told():
 def test_a_share_that_makes_no_sense_is_refused(name, share):
     with pytest.raises(ValueError, match=f"@{share}"):
         fix_routing(create_model(name), share)
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels_last", "expected"),
+    [
+        (("inference", "train"), False, "cpu_float32_compiled"),
+        (("train",), False, "cpu_float32_compiled_train"),
+        (("inference",), True, "cpu_float32_compiled_channels_last_inference"),
+    ],
+)
+def test_results_of_one_mode_do_not_overwrite_those_of_another(modes, channels_last, expected):
+    run = dict(device="cpu", dtype="float32", compile=True, channels_last=channels_last)
+    assert file_name(dict(run=run, rows=[dict(mode=mode) for mode in modes])) == expected
 
 
 def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
