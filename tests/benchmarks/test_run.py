@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import measure, run
+from benchmarks import measure, run, throughput
 from benchmarks.contestants import Contestant, Setting, enter, fix_routing
 from benchmarks.literal import literal
 from benchmarks.report import bounds, figures, file_name
@@ -204,6 +204,16 @@ def test_a_share_that_makes_no_sense_is_refused(name, share):
 def test_results_of_one_mode_do_not_overwrite_those_of_another(modes, channels_last, expected):
     run = dict(device="cpu", dtype="float32", compile=True, channels_last=channels_last)
     assert file_name(dict(run=run, rows=[dict(mode=mode) for mode in modes])) == expected
+
+
+def test_the_table_of_throughput_has_a_line_per_model_and_compile_mode():
+    row = dict(model="a", img_per_s=12.34, latency_ms_p50=5.0, latency_ms_p95=6.0)
+    row |= dict(peak_memory_mib=100.4, dtype="float32", batch_size=8)
+    machine = dict(cpu="EPYC", threads=2, torch="2.15", commit="abc")
+    table = throughput.to_markdown([row | dict(compile=on) for on in (False, True)], machine)
+    assert "| a | off | 12.3 | 5.0 / 6.0 | 100 |" in table
+    assert "| a | on | 12.3 | 5.0 / 6.0 | 100 |" in table
+    assert "EPYC, 2 threads; torch 2.15; float32, batch 8; commit abc" in table
 
 
 def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
