@@ -4,18 +4,30 @@ from .build import (
     Data,
     build_data,
     build_dataset,
+    build_evaluation_sets,
     build_loader,
     check_data,
+    check_evaluation,
     dataset_num_classes,
+    train_batches,
+    train_size,
 )
+from .evaluation_sets import VAL, EvaluationSet, NumberedImages
 from .registry import published_num_classes
 
 __all__ = [
+    "VAL",
     "Data",
+    "EvaluationSet",
+    "NumberedImages",
     "build_data",
     "build_dataset",
+    "build_evaluation_sets",
     "build_loader",
     "check_data",
+    "check_evaluation",
     "dataset_num_classes",
     "published_num_classes",
+    "train_batches",
+    "train_size",
 ]

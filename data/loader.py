@@ -6,19 +6,21 @@ import random
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
+from .finish import Erasure, Finish, RandomErasing
 from .registry import ImageDataset
 from .samplers import EvalBatchSampler, Key, TrainBatchSampler
-from .transforms import Transform, to_image
+from .transforms import Picture, Transform, to_image, to_pixels
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,6 +43,28 @@ class UnreadableImageError(OSError):
     """A stored image is damaged or missing; the message names it."""
 
 
+class Sample(NamedTuple):
+    """An augmented image, uint8 (H, W, C), its label, and what is to be erased of it."""
+
+    pixels: np.ndarray
+    label: int
+    erasures: list[Erasure]
+
+
+class RawBatch(NamedTuple):
+    """What a worker delivers.
+
+    Attributes:
+        images: (B, C, H, W) uint8.
+        labels: (B,) int64.
+        erasures: (K, 6) int64, rows of an `Erasure` behind the number of its image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    erasures: Tensor
+
+
 class Samples(Dataset):
     """Augmented samples of a dataset, by `Key`.
 
@@ -48,7 +72,9 @@ class Samples(Dataset):
     back afterwards. So a sample depends on its key alone, not on what its worker did before.
 
     Args:
-        transform: PIL image -> tensor.
+        transform: image with `in_chans` channels -> uint8 array (H, W, in_chans).
+        arrays: give decoded images to `transform` as arrays (H, W, in_chans), not as PIL images.
+        erasing: draws what is erased of a sample.
         training: whether an unreadable image is replaced by a readable one, or left out (None).
         on_error: "raise", or "skip" unreadable images, logged and counted.
     """
@@ -62,11 +88,15 @@ class Samples(Dataset):
         seed: int = 0,
         training: bool = False,
         on_error: str = "raise",
+        arrays: bool = False,
+        erasing: RandomErasing | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"DATA.ON_ERROR='{on_error}' must be one of ['raise', 'skip']")
         self.dataset, self.transform, self.in_chans = dataset, transform, in_chans
         self.seed, self.training, self.on_error = seed, training, on_error
+        self.convert = to_pixels if arrays else to_image
+        self.erasing = erasing
         self._skipped = multiprocessing.get_context().Value("q", 0)
 
     @property
@@ -77,28 +107,33 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | None:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: list[Key]) -> list[tuple[Tensor, int] | None]:
-        """The samples of a batch; DataLoader calls it, so that generators are put back once."""
+    def __getitem__(self, key: Key) -> Sample | None:
         with preserved_rng():
-            return [self._sample(key) for key in keys]
+            return self._sample(key)
 
-    def _sample(self, key: Key) -> tuple[Tensor, int] | None:
+    def __getitems__(self, keys: list[Key]) -> RawBatch | None:
+        """A batch; DataLoader calls it, so that generators are put back once."""
+        with preserved_rng():
+            return collate(map(self._sample, keys), len(keys))
+
+    def _sample(self, key: Key) -> Sample | None:
         found = self._find(key.index)
-        if found is None:
-            return None
-        image, label = found
-        seed_rng(self.seed, *key)
-        return self.transform(image), label
+        return None if found is None else self.augment(*found, key)
 
-    def _find(self, index: int) -> tuple[Image.Image, int] | None:
+    def augment(self, image: Picture, label: int, key: Key) -> Sample:
+        """An image as `read` gives it -> the sample of `key`; leaves the global generators seeded."""
+        seed_rng(self.seed, *key)
+        pixels = self.transform(image)
+        height, width = pixels.shape[:2]
+        erasures = self.erasing.draw(random, height, width) if self.erasing else []
+        return Sample(pixels, label, erasures)
+
+    def _find(self, index: int) -> tuple[Picture, int] | None:
         for attempt in range(_MAX_SKIPS):
             # The next one in the dataset's order: the same choice in every run.
             candidate = (index + attempt) % len(self)
             try:
-                return self._read(candidate)
+                return self.read(candidate)
             except UnreadableImageError as error:
                 if self.on_error == "raise":
                     raise
@@ -112,10 +147,11 @@ class Samples(Dataset):
             "is the disk still there?"
         )
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Picture, int]:
+        """Stored image with `in_chans` channels, and its label; UnreadableImageError."""
         try:
             image, label = self.dataset[index]
-            return to_image(image, self.in_chans), label
+            return self.convert(image, self.in_chans), label
         except _READ_ERRORS as error:
             raise UnreadableImageError(
                 f"cannot read {self.dataset.describe(index)}: {error} "
@@ -123,12 +159,22 @@ class Samples(Dataset):
             ) from error
 
 
+def seeded(*key: int) -> random.Random:
+    """A generator of Python's, seeded by `key`; neighbouring keys are unrelated."""
+    return random.Random(_text(key))
+
+
 def seed_rng(*key: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's CPU generator by `key`; neighbouring keys are unrelated."""
-    random.seed(" ".join(map(str, key)))  # text is hashed (SHA-512), in the same way everywhere
-    np.random.seed(random.getrandbits(32))
+    """Seed Python's generator as `seeded` does, and with it NumPy's and PyTorch's CPU generator."""
+    random.seed(_text(key))
+    further = random.Random(f"further {_text(key)}")
+    np.random.seed(further.getrandbits(32))
     # Not torch.manual_seed: it leaves a note for CUDA each time, and in a worker they pile up.
-    torch.default_generator.manual_seed(random.getrandbits(63))
+    torch.default_generator.manual_seed(further.getrandbits(63))
+
+
+def _text(key: tuple[int, ...]) -> str:
+    return " ".join(map(str, key))  # text is hashed (SHA-512), in the same way everywhere
 
 
 @contextmanager
@@ -143,39 +189,39 @@ def preserved_rng() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    """Samples -> images (B, C, H, W) and labels (B,) int64; those left out are None, or the whole batch."""
-    kept = [sample for sample in samples if sample is not None]
-    if not kept:
-        return None
-    images, labels = zip(*kept, strict=True)
-    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+def collate(samples: Iterable[Sample | None], size: int) -> RawBatch | None:
+    """At most `size` samples -> a batch of those that were not left out (None), or None.
 
-
-class Loader(DataLoader):
-    """Batches of one split for one process: images (B, C, H, W) and labels (B,).
-
-    Training starts an epoch with `set_position(epoch)`; `len(loader)` is always that of a whole epoch.
+    Each sample is written into the batch before the next one is made, so that its memory is used again.
     """
+    images, labels, erasures = None, [], []
+    for pixels, label, erased in filter(None, samples):
+        height, width, channels = pixels.shape
+        if images is None:
+            images = np.empty((size, channels, height, width), np.uint8)
+        # Three times as fast as a transposed copy.
+        for plane, values in zip(images[len(labels)], cv2.split(pixels), strict=True):
+            plane[:] = values
+        erasures += [(len(labels), *erasure) for erasure in erased]
+        labels.append(label)
+    if images is None:
+        return None
+    return RawBatch(
+        torch.from_numpy(images[: len(labels)]),
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(erasures, dtype=torch.int64).reshape(-1, 1 + len(Erasure._fields)),
+    )
 
-    def __init__(
-        self,
-        samples: Samples,
-        sampler: TrainBatchSampler | EvalBatchSampler,
-        *,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(
-            samples,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            collate_fn=collate,
-            # Its own generator: starting an epoch must not draw from the model's.
-            generator=torch.Generator().manual_seed(samples.seed),
-        )
+
+def _as_it_is(batch: RawBatch | None) -> RawBatch | None:
+    return batch
+
+
+class Split:
+    """What a loader of one split says of it and of where it is; `dataset` and `batch_sampler` make it up."""
+
+    dataset: Samples
+    batch_sampler: TrainBatchSampler | EvalBatchSampler
 
     @property
     def classes(self) -> list[str]:
@@ -199,13 +245,63 @@ class Loader(DataLoader):
         """Training: continue where `state` was taken -> epoch, next batch."""
         return self.batch_sampler.load_state(state)
 
+
+class Loader(Split, DataLoader):
+    """Batches of one split for one process: images (B, C, H, W) and labels (B,).
+
+    Workers make uint8 images; `finish` makes floats of them on `device`, when a batch is asked for.
+    Training starts an epoch with `set_position(epoch)`; `len(loader)` is always that of a whole epoch.
+
+    Args:
+        device: where the batches are wanted; None leaves them on the CPU.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        sampler: TrainBatchSampler | EvalBatchSampler,
+        finish: Finish,
+        *,
+        device: torch.device | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        _single_threaded()
+        super().__init__(
+            samples,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,
+            worker_init_fn=_single_threaded,
+            # Its own generator: starting an epoch must not draw from the model's.
+            generator=torch.Generator().manual_seed(samples.seed),
+        )
+        self.finish, self.device = finish, device
+
+    def raw_batches(self) -> Iterator[RawBatch]:
+        """Batches as the workers make them."""
+        return (batch for batch in super().__iter__() if batch is not None)
+
+    def finished(self, batch: RawBatch) -> tuple[Tensor, Tensor]:
+        """Images as floats on the device, and labels there."""
+        images, labels = (
+            part if self.device is None else part.to(self.device, non_blocking=True)
+            for part in (batch.images, batch.labels)
+        )
+        return self.finish(images, batch.erasures), labels
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in super().__iter__():
-            if batch is not None:
-                yield batch
+        return map(self.finished, self.raw_batches())
 
     def check_worker_number_rationality(self) -> None:
         """PyTorch's own warning knows neither the config key nor the other processes."""
+
+
+def _single_threaded(_worker: int = 0) -> None:
+    """One thread for OpenCV: workers are the parallelism, and its pool does not survive their fork."""
+    cv2.setNumThreads(0)
 
 
 def warn_of_too_many_workers(num_workers: int, local_processes: int = 1) -> None:

@@ -6,12 +6,16 @@ A format is one file in `data/formats/` with a builder of plain values:
     def cifar10(root: str, split: str, *, an_option: int = 0) -> ImageDataset: ...
 
 An option is a keyword argument, and gets its value by its name: `img_size`, `in_chans`, `zip_mode`, or
-a key of the format's own config node (`DATA.SYNTHETIC.TRAIN_SIZE` -> `train_size` of "synthetic").
+a key of the format's own config node (`DATA.SYNTHETIC.TRAIN_SIZE` -> `train_size` of "synthetic"). The
+node has the name of the format, or the one that `register_dataset` is given.
 """
 
+import importlib
 import inspect
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,24 +28,45 @@ SPLITS = ("train", "val")
 
 _BUILDERS: dict[str, Callable[..., "ImageDataset"]] = {}
 _NUM_CLASSES: dict[str, int] = {}
+_TRAIN_SIZES: dict[str, int] = {}
+_NODES: dict[str, str] = {}
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """An encoded image file in memory -> decoded PIL image; what PIL raises if it is damaged."""
+    # Decoded here, so that a damaged file is noticed as this sample's.
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return image
 
 
 class ImageDataset(Dataset):
     """Images as they are stored; conversion, augmentation and batches are made on top.
 
+    A format says with `read` what it stores. `dataset[index]` is the same with the image decoded.
+
     Attributes:
         classes: one name per label 0 ... len(classes) - 1.
+        decode: encoded file -> PIL image, or uint8 array (H, W) or (H, W, C); PIL's unless it is set.
     """
 
     classes: list[str]
+    decode: Callable[[bytes], Image.Image | np.ndarray] = staticmethod(decode_image)
 
     def __len__(self) -> int:
         """Number of images."""
         raise NotImplementedError
 
+    def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int]:
+        """What is stored, and its label: the bytes of an encoded file, still to be decoded, an image of
+        any mode, or a uint8 array (H, W) or (H, W, C).
+        """
+        raise NotImplementedError
+
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int]:
         """Image of any mode, or uint8 array (H, W) or (H, W, C), and its label."""
-        raise NotImplementedError
+        content, label = self.read(index)
+        return (self.decode(content) if isinstance(content, bytes) else content), label
 
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages: its file if it has one."""
@@ -52,13 +77,19 @@ class ImageDataset(Dataset):
 
 
 def register_dataset(
-    *names: str, num_classes: int | None = None
+    *names: str,
+    num_classes: int | None = None,
+    train_size: int | None = None,
+    node: str | None = None,
 ) -> Callable[[Callable[..., ImageDataset]], Callable]:
     """Decorator: make a builder known as DATA.DATASET under each of `names`, case aside.
 
     Args:
         num_classes: where all data of this name has as many; models are counted and timed with it
             when the data is not there.
+        train_size: training images that the published data of this name has; runs are planned with it
+            when the data is not there.
+        node: config node with the options (`DATA.<node>`); None: the name in capitals.
 
     Raises:
         ValueError: a name is taken.
@@ -71,6 +102,9 @@ def register_dataset(
             _BUILDERS[name.lower()] = builder
             if num_classes is not None:
                 _NUM_CLASSES[name.lower()] = num_classes
+            if train_size is not None:
+                _TRAIN_SIZES[name.lower()] = train_size
+            _NODES[name.lower()] = node or name.upper()
         return builder
 
     return decorate
@@ -87,10 +121,22 @@ def published_num_classes(name: str) -> int | None:
     return _NUM_CLASSES.get(name.lower())
 
 
+def published_train_size(name: str) -> int | None:
+    """Training images of the published data set of that name, if there is one, else None."""
+    _find(name)
+    return _TRAIN_SIZES.get(name.lower())
+
+
 def dataset_options(name: str) -> set[str]:
     """Keyword arguments of a format's builder; ValueError for an unknown format."""
     parameters = list(inspect.signature(_find(name)).parameters)
     return set(parameters[2:])
+
+
+def dataset_node(name: str) -> str:
+    """Name of the config node below DATA that holds a format's options, if it has any."""
+    _find(name)
+    return _NODES[name.lower()]
 
 
 def create_dataset(name: str, root: str, split: str, **options: Any) -> ImageDataset:
@@ -132,3 +178,13 @@ def check_same_classes(train: Sequence[str], val: Sequence[str], where: str) -> 
 def missing(path: Path, layout: str) -> NoReturn:
     """FileNotFoundError that says what is missing and how the files should lie."""
     raise FileNotFoundError(f"{path.absolute()} does not exist; DATA.DATA_PATH must hold {layout}")
+
+
+def optional_package(name: str, purpose: str) -> ModuleType:
+    """Import a package that only `purpose` needs; ValueError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"{purpose} needs the package '{name}', which is not installed: pip install {name}"
+        ) from error

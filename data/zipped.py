@@ -1,6 +1,5 @@
 """Images in one zip archive per split, listed by a text file: Swin's format, with its cache modes."""
 
-import io
 import logging
 import os
 import struct
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from data.registry import ImageDataset, missing
+from data.listing import class_names, count_classes, read_list
+from data.registry import SPLITS, ImageDataset, missing
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,36 +23,34 @@ class ZippedImages(ImageDataset):
     """`root/<split>.zip` and `root/<split>_map.txt`.
 
     The number of classes is that of both maps, as far as they exist. A class is named after the folder
-    of its images in the training map, or after its number.
+    of its images in the training map (without one: in the validation map), or after its number.
 
     Raises:
         FileNotFoundError: a file is missing, or the archive lacks a listed image.
-        ValueError: a line of the map is not `path<TAB>label`, or a file is no zip archive.
+        ValueError: a line of a map is not `path<TAB>label`, the training map leaves a label out, or a file
+            is no zip archive.
     """
 
     def __init__(self, root: Path, split: str) -> None:
         for name in (f"{split}.zip", f"{split}_map.txt"):
             if not (root / name).is_file():
                 missing(root / name, LAYOUT)
-        maps = {
-            name: _read_map(path)
-            for name in ("train", "val")
-            if (path := root / f"{name}_map.txt").is_file()
-        }
-        self._names, self._labels = maps[split]
-        self.classes = _class_names(maps)
-        self._archive = _Archive(root / f"{split}.zip", self._names, folder=split)
+        train, val = (
+            read_list(path, "\t") if (path := root / f"{name}_map.txt").is_file() else None
+            for name in SPLITS
+        )
+        self._listing = train if split == "train" else val
+        self.classes = class_names((train or val).folders, count_classes(train, val))
+        self._archive = _Archive(root / f"{split}.zip", self._listing.names, folder=split)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._listing)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(io.BytesIO(self._archive.read(index))) as image:
-            image.load()
-        return image, self._labels[index]
+    def read(self, index: int) -> tuple[bytes, int]:
+        return self._archive.read(index), int(self._listing.labels[index])
 
     def describe(self, index: int) -> str:
-        return f"{self._archive.path}@/{self._names[index]}"
+        return f"{self._archive.path}@/{self._listing.names[index]}"
 
     def cache(self, indices: Sequence[int]) -> None:
         self._archive.cache(indices)
@@ -148,28 +145,3 @@ class _Archive:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}
-
-
-def _read_map(path: Path) -> tuple[list[str], list[int]]:
-    names, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, tab, label = line.rpartition("\t")
-        if not tab or not label.strip().isdecimal():
-            raise ValueError(f"{path}, line {number}: {line!r} must be path<TAB>label, label >= 0")
-        names.append(name)
-        labels.append(int(label))
-    if not names:
-        raise ValueError(f"{path} lists no image")
-    return names, labels
-
-
-def _class_names(maps: dict[str, tuple[list[str], list[int]]]) -> list[str]:
-    count = 1 + max(max(labels) for _, labels in maps.values())
-    folders: dict[int, set[str]] = {label: set() for label in range(count)}
-    for name, label in zip(*maps.get("train", ([], [])), strict=True):
-        folders[label].add(name.rpartition("/")[0].rpartition("/")[2])
-    unique = [next(iter(found)) if len(found) == 1 else "" for found in folders.values()]
-    named = all(unique) and len(set(unique)) == count
-    return unique if named else [str(label) for label in range(count)]

@@ -10,7 +10,7 @@ import numpy as np
 from data.registry import ImageDataset, missing, register_dataset
 
 
-@register_dataset("cifar10", num_classes=10)
+@register_dataset("cifar10", num_classes=10, train_size=50_000)
 def cifar10(root: str, split: str) -> ImageDataset:
     """`cifar-10-batches-py/{data_batch_1..5, test_batch, batches.meta}` in or at `root`."""
     files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
@@ -19,7 +19,7 @@ def cifar10(root: str, split: str) -> ImageDataset:
     )
 
 
-@register_dataset("cifar100", num_classes=100)
+@register_dataset("cifar100", num_classes=100, train_size=50_000)
 def cifar100(root: str, split: str) -> ImageDataset:
     """`cifar-100-python/{train, test, meta}` in or at `root`; the 100 fine classes."""
     files = ["train"] if split == "train" else ["test"]
@@ -79,7 +79,7 @@ class CifarImages(ImageDataset):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         return self._images[index], int(self._labels[index])
 
     def describe(self, index: int) -> str:

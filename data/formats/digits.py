@@ -30,7 +30,7 @@ class Digits(ImageDataset):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         return self._images[index], int(self._labels[index])
 
     def describe(self, index: int) -> str:

@@ -3,7 +3,6 @@
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from data.registry import ImageDataset, check_same_classes, missing, register_dataset
@@ -12,13 +11,10 @@ from data.zipped import ZippedImages
 LAYOUT = "train/<class>/<image> and val/<class>/<image>"
 
 
-@register_dataset("imagenet", "folder")
-@register_dataset("imagenet22k", num_classes=21841)
+@register_dataset("imagenet", train_size=1_281_167)
+@register_dataset("folder")
 def imagenet(root: str, split: str, *, zip_mode: bool = False) -> ImageDataset:
-    """`root/<split>/<class>/<image>`, or `root/<split>.zip` with `root/<split>_map.txt`.
-
-    "imagenet22k" is read like any other images, not by the list files of Swin's readers.
-    """
+    """`root/<split>/<class>/<image>`, or `root/<split>.zip` with `root/<split>_map.txt`."""
     return ZippedImages(Path(root), split) if zip_mode else FolderImages(Path(root), split)
 
 
@@ -42,17 +38,20 @@ class FolderImages(ImageDataset):
             check_same_classes(train, val, str(root))
 
     @cached_property
-    def _folder(self) -> ImageFolder:
-        return _Folder(self._root, loader=_load)
+    def samples(self) -> list[tuple[str, int]]:
+        """File and label of each image."""
+        return _Folder(self._root).samples
 
     def __len__(self) -> int:
-        return len(self._folder)
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._folder[index]
+    def read(self, index: int) -> tuple[bytes, int]:
+        path, label = self.samples[index]
+        with open(path, "rb") as file:
+            return file.read(), label
 
     def describe(self, index: int) -> str:
-        return self._folder.samples[index][0]
+        return self.samples[index][0]
 
 
 class _Folder(ImageFolder):
@@ -73,10 +72,3 @@ def class_folders(directory: Path) -> list[str]:
             f"{directory} has no class folders; DATA.DATA_PATH must hold {LAYOUT}"
         )
     return names
-
-
-def _load(path: str) -> Image.Image:
-    # Decoded here, so that the file is closed and a damaged one is noticed as this sample's.
-    with Image.open(path) as image:
-        image.load()
-        return image

@@ -37,7 +37,7 @@ class Synthetic(ImageDataset):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         label = index % len(self.classes)
         noise = np.random.default_rng((self._split, index)).integers(0, 128, self._shape, np.uint8)
         return noise + self._colours[label], label

@@ -19,6 +19,18 @@ def write_zip():
     return _write_zip
 
 
+@pytest.fixture(scope="session")
+def images_writer():
+    """`write_images` for fixtures that last longer than a test."""
+    return _write_images
+
+
+@pytest.fixture(scope="session")
+def zip_writer():
+    """`write_zip` for fixtures that last longer than a test."""
+    return _write_zip
+
+
 def _write_images(root, per_class, split="train", size=(12, 10)):
     rng = np.random.default_rng(len(split))
     for name, count in per_class.items():

@@ -1,60 +1,37 @@
 """From a config to loaders."""
 
 import logging
+from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
-from yacs.config import CfgNode
+from torchvision import transforms
 
+from config import load_config
 from data import build_data, build_dataset, build_loader, dataset_num_classes
 from data.build import check_num_classes
+from models import create_model
+
+EMPTY = Path(__file__).with_name("empty.yaml")
+
+DEFAULTS = dict(
+    DATA__DATASET="synthetic",
+    DATA__BATCH_SIZE=8,
+    DATA__IMG_SIZE=24,
+    DATA__NUM_WORKERS=0,
+    DATA__MEAN=[0.5],
+    DATA__STD=[0.25],
+    DATA__SYNTHETIC__TRAIN_SIZE=40,
+    DATA__SYNTHETIC__VAL_SIZE=11,
+    DATA__SYNTHETIC__NUM_CLASSES=7,
+)
 
 
 def make_config(**overrides):
-    """The keys that the data reads; overrides are written DATA__BATCH_SIZE=4."""
-    config = CfgNode(
-        dict(
-            SEED=0,
-            DATA=dict(
-                BATCH_SIZE=8,
-                DATA_PATH="",
-                DATASET="synthetic",
-                IMG_SIZE=24,
-                INTERPOLATION="bicubic",
-                ZIP_MODE=False,
-                CACHE_MODE="part",
-                PIN_MEMORY=True,
-                NUM_WORKERS=0,
-                ON_ERROR="raise",
-                MEAN=[0.5],
-                STD=[0.25],
-                SYNTHETIC=dict(TRAIN_SIZE=40, VAL_SIZE=11, NUM_CLASSES=7),
-            ),
-            MODEL=dict(NUM_CLASSES=None, IN_CHANS=3),
-            AUG=dict(
-                COLOR_JITTER=0.4,
-                AUTO_AUGMENT="rand-m9-mstd0.5-inc1",
-                REPROB=0.25,
-                REMODE="pixel",
-                RECOUNT=1,
-                HFLIP=0.5,
-                VFLIP=0.0,
-                SCALE=[0.08, 1.0],
-                RATIO=[0.75, 4 / 3],
-                REPEATED_AUG=False,
-            ),
-            TEST=dict(CROP=True),
-        )
-    )
-    for key, value in overrides.items():
-        *path, name = key.split("__")
-        node = config
-        for part in path:
-            node = node[part]
-        assert name in node
-        node[name] = value
-    config.freeze()
-    return config
+    """The defaults with small synthetic data; overrides are written DATA__BATCH_SIZE=4."""
+    pairs = [(key.replace("__", "."), value) for key, value in (DEFAULTS | overrides).items()]
+    return load_config(EMPTY, list(chain.from_iterable(pairs)))
 
 
 def real_images(tmp_path, write_images):
@@ -114,8 +91,8 @@ def test_digits_do_not_flip_when_flipping_is_off():
     images, _ = next(iter(build_loader(config, "train")))
     stored = build_dataset(config, "train")
     pixels = torch.stack([torch.from_numpy(stored[i][0]) for i in range(len(stored))])
-    expected = (pixels / 255 - 0.5) / 0.25
-    assert sorted(images[:, 0].flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
+    loaded = ((images[:, 0] * 0.25 + 0.5) * 255).round().to(torch.uint8)
+    assert sorted(loaded.flatten(1).tolist()) == sorted(pixels.flatten(1).tolist())
 
 
 def test_a_number_of_classes_that_the_data_does_not_have_is_an_error():
@@ -197,3 +174,33 @@ def test_unreadable_images_are_counted_on_the_loader(tmp_path, write_images):
     loader = build_loader(make_config(**options, DATA__ON_ERROR="skip"), "val")
     assert sum(len(labels) for _, labels in loader) == 10
     assert loader.skipped == 1
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_evaluation_gives_the_logits_of_floats_made_by_the_worker(tmp_path, write_images, in_chans):
+    """The pipeline of the six lines: resize, centre crop, ToTensor, Normalize."""
+    write_images(tmp_path, {"ant": 2, "bee": 3}, "val", size=(60, 80))
+    mean, std = [0.485, 0.456, 0.406][:in_chans], [0.229, 0.224, 0.225][:in_chans]
+    config = make_config(
+        DATA__DATASET="imagenet", DATA__DATA_PATH=str(tmp_path), DATA__IMG_SIZE=48,
+        DATA__MEAN=mean, DATA__STD=std, MODEL__IN_CHANS=in_chans,
+    )  # fmt: skip
+    literal = transforms.Compose(
+        [
+            transforms.Resize(int(48 * 256 / 224), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(48),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    stored = build_dataset(config, "val")
+    mode = "L" if in_chans == 1 else "RGB"
+    expected = torch.stack([literal(stored[i][0].convert(mode)) for i in range(5)])
+    ((images, _),) = build_loader(config, "val")
+    assert (images - expected).abs().max() < 1e-6
+    model = create_model(
+        "dhvt_tiny_cifar_patch4", embed_dim=32, num_heads=2, depth=2, img_size=48, in_chans=in_chans
+    ).eval()
+    with torch.no_grad():
+        logits, before = model(images), model(expected)
+    assert (logits - before).abs().max() < 1e-5 * before.std()

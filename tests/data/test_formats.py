@@ -9,6 +9,7 @@ import pytest
 from data.build import dataset_num_classes  # noqa: F401  registers the formats
 from data.registry import (
     create_dataset,
+    dataset_node,
     dataset_options,
     list_datasets,
     published_num_classes,
@@ -70,6 +71,25 @@ def test_published_data_has_its_classes_without_its_files():
     assert [published_num_classes(name) for name in names] == [21841, 10, 100, None]
     with pytest.raises(ValueError, match="not a known format"):
         published_num_classes("cifar")
+
+
+def test_stored_files_are_decoded_by_a_decoder_that_can_be_set(tmp_path, write_images):
+    write_images(tmp_path, {"cat": 1}, size=(5, 7))
+    dataset = create_dataset("imagenet", str(tmp_path), "train")
+    stored = (tmp_path / "train" / "cat" / "0.png").read_bytes()
+    assert dataset.read(0) == (stored, 0)
+    assert dataset[0][0].size == (7, 5)
+    dataset.decode = len
+    assert dataset[0] == (len(stored), 0)
+    assert create_dataset("imagenet", str(tmp_path), "train")[0][0].size == (7, 5)
+    digits = create_dataset("digits", "", "val")
+    digits.decode = len
+    assert digits[0][0].shape == (8, 8)  # nothing to decode
+
+
+def test_formats_may_share_a_node_of_options():
+    names = ("inat2018", "INAT19", "pacs", "cifar10")
+    assert [dataset_node(name) for name in names] == ["INAT", "INAT", "DOMAINNET", "CIFAR10"]
 
 
 def test_an_unknown_split_is_an_error():

@@ -117,6 +117,30 @@ def test_repeated_augmentation_spreads_the_copies_of_an_image_over_the_processes
     assert len({key.index for key in epochs[0]}) == 8 * (300 // 24)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_repeated_augmentation_is_the_same_on_any_number_of_processes(world_size):
+    """The same images with the same copies, batch by batch; copies on different processes, as in DeiT.
+
+    Process r has places r, r + world_size, ... of the sequence i, i, i, j, j, j, ... .
+    """
+    samplers = [
+        TrainBatchSampler(120, 12 // world_size, rank=r, world_size=world_size, repeats=3)
+        for r in range(world_size)
+    ]
+    whole = list(TrainBatchSampler(120, 12, repeats=3))
+    batches = [list(parts) for parts in zip(*samplers, strict=True)]
+    assert [sorted(flat(parts)) for parts in batches] == [sorted(batch) for batch in whole]
+    for parts in batches:
+        shares = {}  # image -> number of its copies on each process
+        for rank, part in enumerate(parts):
+            for key in part:
+                shares.setdefault(key.index, [0] * world_size)[rank] += 1
+        assert all(sum(share) == 3 for share in shares.values())
+        assert all(max(share) - min(share) <= 1 for share in shares.values())
+    drawn = flat(whole)
+    assert len(set(drawn)) == len(drawn) == 3 * len({key.index for key in drawn})
+
+
 def test_with_fixed_shards_a_process_draws_its_own_share_only():
     ranks = epoch(3, 4, fixed_shards=True)
     assert {len(batches) for batches in ranks} == {101 // 12}

@@ -1,0 +1,156 @@
+"""Copy a tree of images with their shorter side reduced, once, so that every epoch decodes less.
+
+python tools/resize_images.py /data/imagenet /fast/imagenet --side 256 --workers 8
+python main.py --cfg ... --data-path /fast/imagenet
+
+Folders and file names stay, so the copy is read as the original is; files that are no images come along.
+Images are decoded and resized by PIL and written in their own format. An image whose shorter side is not
+longer than --side is copied byte for byte: nothing is enlarged, or compressed twice for nothing. A file
+appears under its name when it is complete, so the same command continues after an interruption; existing
+files are kept. Files that cannot be read are reported, left out, and make the exit status 1.
+
+Random resized crops of reduced images are cut from fewer pixels: with --side 256 a crop of 8 % of the area
+is enlarged about three times to fill 224 pixels. Published recipes cut from the originals.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+# Modes that PIL can resize with a filter, and every format can store; others become RGB.
+MODES = ("L", "RGB")
+
+
+def resize_tree(
+    source: str | Path, target: str | Path, side: int, *, quality: int = 90, workers: int = 0
+) -> dict[str, Any]:
+    """Copy `source` to `target` with images of a shorter side of at most `side` pixels.
+
+    Args:
+        quality: of JPEG and lossy WebP files, 1 to 100.
+        workers: processes; 0 works in this one.
+
+    Returns:
+        How many files were `resized`, `copied` and `kept` (they existed), and the `damaged` ones as
+        {path: reason}.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: one folder lies in the other, or a number is out of its range.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder")
+    inner, outer = source.resolve(), target.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ValueError(
+            f"{target} must lie outside of {source}: the originals are not to be changed"
+        )
+    if side < 1 or not 1 <= quality <= 100:
+        raise ValueError(f"--side {side} must be positive and --quality {quality} from 1 to 100")
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    work = partial(_convert, source, target, side, quality)
+    counts: Counter[str] = Counter()
+    damaged = {}
+    with _mapper(workers) as run:
+        outcomes = tqdm(run(work, files), total=len(files), unit="file", disable=None)
+        for name, (outcome, reason) in zip(files, outcomes, strict=True):
+            counts[outcome] += 1
+            if outcome == "damaged":
+                damaged[str(source / name)] = reason
+    return {name: counts[name] for name in ("resized", "copied", "kept")} | {"damaged": damaged}
+
+
+@contextmanager
+def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map` in this process, or over worker processes."""
+    if not workers:
+        yield map
+        return
+    # Spawned, not forked: the parent may have threads.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield partial(pool.map, chunksize=16)
+
+
+def _convert(source: Path, target: Path, side: int, quality: int, name: Path) -> tuple[str, str]:
+    """One file -> what became of it, and why."""
+    path, result = source / name, target / name
+    if result.exists():
+        return "kept", ""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    temporary = result.with_name(f".{result.name}.{os.getpid()}")
+    try:
+        if name.suffix.lower() in SUFFIXES and _resize(path, temporary, side, quality):
+            outcome = "resized"
+        else:
+            shutil.copyfile(path, temporary)
+            outcome = "copied"
+        os.replace(temporary, result)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        return "damaged", f"{type(error).__name__}: {error}"
+    finally:
+        temporary.unlink(missing_ok=True)
+    return outcome, ""
+
+
+def _resize(path: Path, temporary: Path, side: int, quality: int) -> bool:
+    """Write the reduced image; False if it is small enough as it is. Damaged ones raise what PIL raises."""
+    with Image.open(path) as image:
+        image.load()  # also of images that are copied: damaged ones must be found
+        if min(image.size) <= side:
+            return False
+        scale = side / min(image.size)
+        size = tuple(max(side, round(scale * length)) for length in image.size)
+        plain = image if image.mode in MODES else image.convert("RGB")
+        reduced = plain.resize(size, Image.Resampling.BICUBIC)
+        # Neither EXIF nor colour profiles: loaders look at neither, and PIL has not applied them.
+        reduced.info.clear()
+        reduced.save(temporary, image.format, quality=quality)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line -> a tree of files, and a summary; 1 if files were damaged."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder with images, at any depth")
+    parser.add_argument("target", help="folder to write to, made if it does not exist")
+    parser.add_argument("--side", type=int, required=True, help="shorter side in pixels")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG files (default: 90)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--report", help="JSON file for what became of the files")
+    args = parser.parse_args(argv)
+    try:
+        report = resize_tree(
+            args.source, args.target, args.side, quality=args.quality, workers=args.workers
+        )
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print("\n".join(_lines(report)))
+    if args.report:
+        Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if report["damaged"] else 0
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    for path, reason in report["damaged"].items():
+        yield f"damaged: {path}: {reason}"
+    counts = dict(report, damaged=len(report["damaged"]))
+    yield ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
