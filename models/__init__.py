@@ -70,7 +70,7 @@ def build_model(config: Any, **overrides: Any) -> Backbone:
 
 
 def create_model(name: str, **overrides: Any) -> Backbone:
-    """The published variant `name` (a YAML file under `configs/`), constructor keywords overridden.
+    """The published variant `name`, or that of a YAML file (`.yaml`), constructor keywords overridden.
 
     Example:
         create_model("dhvt_tiny_cifar_patch4", num_classes=10)
@@ -94,7 +94,7 @@ def variant_file(name: str) -> Path:
 def _load_variant(name: str) -> Any:
     from config import load_config  # here, as in build_model
 
-    return load_config(variant_file(name))
+    return load_config(name if name.endswith((".yaml", ".yml")) else variant_file(name))
 
 
 @cache

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.spelling import nearest
+
 from .layers.token_maps import LastInputs
 
 # Last name components of constants of the architecture: recomputed, never taken from a file.
 CONSTANT_BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
+
+# What stands for all parameters but the classifier's among the prefixes of `freeze`.
+ALL_BUT_CLASSIFIER = "backbone"
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -36,6 +41,9 @@ class Backbone(nn.Module):
     drops_tokens: bool = False
     # True where routing decides how much is computed, so that two images can cost differently.
     cost_depends_on_images: bool = False
+    # What `forward` gives in training mode: logits alone, or a tuple with those of a distillation token
+    # ("distilled"), or with those of each position of the last map ("tokens", (B, h * w, num_classes)).
+    training_outputs: tuple[str, ...] = ("logits",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +52,7 @@ class Backbone(nn.Module):
         self._last_inputs = LastInputs()
         # What `reset_classifier` has taken off, by full name; a plain dict stays out of the state dict.
         self._set_aside: dict[str, Tensor] = {}
+        self._frozen_norms: list[nn.Module] = []  # a list registers no modules
         self.register_load_state_dict_pre_hook(_keep_constant_buffers)
 
     # -- the two halves of forward ---------------------------------------------------------------
@@ -129,14 +138,71 @@ class Backbone(nn.Module):
             (len(prefix), depth)
             for depth, group in enumerate(prefixes)
             for prefix in group
-            if name == prefix or name.startswith(prefix + ".")
+            if _is_under(name, prefix)
         ]
         return max(matches)[1] if matches else len(prefixes)
+
+    def freeze(self, prefixes: Iterable[str] = (), depth: int = 0) -> list[str]:
+        """Take parameters out of training -> their names.
+
+        Batch norms among them keep to their running statistics, in eval mode while the rest trains. Call it
+        before the model is copied, wrapped, or given to an optimizer.
+
+        Args:
+            prefixes: of parameter names, such as "patch_embed" or "blocks.0"; "backbone" stands for all but
+                the classifier.
+            depth: how many of the depths of `layer_id`, from the stem on.
+
+        Raises:
+            ValueError: a prefix that no parameter has, or a depth that would leave nothing to train.
+        """
+        prefixes = tuple(prefixes)
+        names = [name for name, _ in self.named_parameters()]
+        for prefix in prefixes:
+            if prefix != ALL_BUT_CLASSIFIER and not any(_is_under(name, prefix) for name in names):
+                known = {path for path, _ in self.named_modules() if path}
+                raise ValueError(
+                    f"TRAIN.FREEZE={list(prefixes)}: no parameter is named {prefix!r} or {prefix}.*; did "
+                    f"you mean one of {nearest(prefix, known)[:3]}, or {ALL_BUT_CLASSIFIER!r}?"
+                )
+        if depth and not 0 < depth < self.num_layers():
+            raise ValueError(
+                f"TRAIN.FREEZE_DEPTH={depth} must be from 0 to {self.num_layers() - 1}: "
+                f"{type(self).__name__} has {self.num_layers()} depths, the classifier's included"
+            )
+        head = _ids(_tensors(self.get_classifier()))
+        spared = {name for name, tensor in _tensors(self).items() if id(tensor) in head}
+
+        def is_frozen(name: str) -> bool:
+            return (
+                (ALL_BUT_CLASSIFIER in prefixes and name not in spared)
+                or any(_is_under(name, prefix) for prefix in prefixes)
+                or (depth > 0 and self.layer_id(name) < depth)
+            )
+
+        frozen = [name for name in names if is_frozen(name)]
+        for name in frozen:
+            self.get_parameter(name).requires_grad_(False)
+        for path, module in self.named_modules():
+            if isinstance(module, BATCH_NORMS) and is_frozen(f"{path}.weight"):
+                self._frozen_norms.append(module.eval())
+        return frozen
 
     # -- what the engine and the tools ask -------------------------------------------------------
 
     def aux_losses(self) -> dict[str, Tensor]:
         """Weighted extra losses of the last training forward, by name; empty for most models."""
+        return {}
+
+    def log_values(self) -> dict[str, Tensor | float]:
+        """Numbers of the last training forward to log beside the losses, by name; empty for most models."""
+        return {}
+
+    def image_values(self) -> dict[str, Tensor]:
+        """Numbers of each image of the last evaluation forward, (B,) by name; empty for most models.
+
+        Evaluation reports their mean and percentiles.
+        """
         return {}
 
     def set_progress(
@@ -192,7 +258,10 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> "Backbone":
         self._last_inputs.clear()
-        return super().train(mode)
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
 
     # -- for subclasses --------------------------------------------------------------------------
 
@@ -240,6 +309,10 @@ class Backbone(nn.Module):
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by full name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
 
 
 def _ids(tensors: dict[str, Tensor]) -> set[int]:

@@ -92,6 +92,7 @@ class _LastForward:
     training: bool
     # Name of the block, its routing, size of the map, number of extra tokens.
     blocks: list[tuple[str, Routing, Size, int]] = field(default_factory=list)
+    means: Complexity | None = None  # over the batch, once they were asked for
 
 
 class DynamicGrained:
@@ -151,9 +152,28 @@ class DynamicGrained:
         """`dge_budget`: weight * (dynamic / static - budget)^2 of the last training forward (Eq. 7)."""
         if self._last is None or not self._last.training or not self.budget_weight:
             return {}
-        static, dynamic = self.complexity()
-        ratio = dynamic.mean() / static.mean().clamp(min=1.0)
+        static, dynamic = self._mean_complexity()
+        ratio = dynamic / static.clamp(min=1.0)
         return {"dge_budget": (self.budget_weight * (ratio - self.budget).square()).float()}
+
+    def log_values(self) -> dict[str, Tensor | float]:
+        """`dge_static_gmacs` and `dge_dynamic_gmacs` per image, and `dge_ratio`, of means over the batch."""
+        if self._last is None or not self._last.training:
+            return {}
+        return _complexity_values(*(mean.detach() for mean in self._mean_complexity()))
+
+    def image_values(self) -> dict[str, Tensor]:
+        """`dge_static_gmacs`, `dge_dynamic_gmacs` and `dge_ratio` of each image."""
+        if self._last is None or self._last.training:
+            return {}
+        return _complexity_values(*self.complexity())
+
+    def _mean_complexity(self) -> Complexity:
+        """Means over the batch, with a graph; computed once, as both the loss and the log want them."""
+        if self._last.means is None:
+            with torch.enable_grad():  # the log may ask first, and not care
+                self._last.means = Complexity(*(macs.mean() for macs in self.complexity()))
+        return self._last.means
 
     def token_maps(self) -> dict[str, Tensor]:
         """Per block of the last evaluation forward, one cell per region.
@@ -328,6 +348,15 @@ class PVTDGE(DynamicGrained, PyramidTransformer):
     def no_weight_decay(self) -> set[str]:
         """The class token; the published runs decay the position tables, and so do we."""
         return {"cls_token"}
+
+
+def _complexity_values(static: Tensor, dynamic: Tensor) -> dict[str, Tensor]:
+    """Multiply-adds as they are reported, in 1e9, and their ratio."""
+    return {
+        "dge_static_gmacs": static / 1e9,
+        "dge_dynamic_gmacs": dynamic / 1e9,
+        "dge_ratio": dynamic / static.clamp(min=1.0),
+    }
 
 
 def _init_routers_(model: nn.Module) -> None:

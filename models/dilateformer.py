@@ -10,6 +10,7 @@ Shapes:     B batch, C channels, H/W feature height/width; blocks work on (B, H,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -133,6 +134,9 @@ class DilateFormer(Backbone):
         dilation: of the head groups; its length divides num_heads of the first two stages.
         patch_way: stem, one of `PATCH_WAYS` (the release's "overlaping", "nonoverlaping" too).
         merging_way: between stages, one of `MERGINGS`.
+        aux_head: for token labels (LV-ViT, arXiv:2104.10858): a second classifier, for each position of the
+            last map. Training gives both logits; evaluation adds half of the largest score that a position
+            gives a class, as the LV-ViT release does. Published weights have no such head.
     """
 
     def __init__(
@@ -152,6 +156,7 @@ class DilateFormer(Backbone):
         qkv_bias: bool = True,
         patch_way: str = "overlapping",
         merging_way: str = "conv3_2",
+        aux_head: bool = False,
     ):
         super().__init__()
         patch_way = patch_way.replace("overlaping", "overlapping")
@@ -165,6 +170,9 @@ class DilateFormer(Backbone):
         dims = [embed_dim * 2**i for i in range(4)]
         self.num_classes, self.num_features = num_classes, dims[-1]
         self.feature_info = [dict(channels=dim, stride=4 * 2**i) for i, dim in enumerate(dims)]
+        self.has_aux_head = aux_head
+        if aux_head:
+            self.training_outputs = ("logits", "tokens")
         rates = drop_path_rates(drop_path_rate, list(depths))
 
         def attention(stage: int) -> nn.Module:
@@ -190,9 +198,19 @@ class DilateFormer(Backbone):
         """Images (B, in_chans, H, W) -> normalised tokens (B, ceil(H/32) * ceil(W/32), 8C)."""
         return self._stage_outputs(x)[-1].flatten(1, 2)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.mean(1)
-        return x if pre_logits else self.head(x)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """Tokens (B, N, C) -> logits (B, num_classes), or features (B, C).
+
+        With an auxiliary head, training gives its logits (B, N, num_classes) too.
+        """
+        features = x.mean(1)
+        if pre_logits or not self.num_classes:
+            return features
+        logits = self.head(features)
+        if not self.has_aux_head:
+            return logits
+        tokens = self.aux_head(x)
+        return (logits, tokens) if self.training else logits + tokens.amax(1) / 2
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """Images -> the four stages' maps; the last one has been through `norm`, as the classifier
@@ -212,11 +230,17 @@ class DilateFormer(Backbone):
         return outputs
 
     def get_classifier(self) -> nn.Module:
+        """The Linear of the mean; a ModuleList with that of the positions too, if there is one."""
+        if self.has_aux_head and self.num_classes:
+            return nn.ModuleList([self.head, self.aux_head])
         return self.head
 
     def _reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.head = new_classifier(self.num_features, num_classes).to(self.norm.weight)
+        like = self.norm.weight
+        self.head = new_classifier(self.num_features, num_classes).to(like)
+        if self.has_aux_head:
+            self.aux_head = new_classifier(self.num_features, num_classes).to(like)
 
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         prefixes: list[tuple[str, ...]] = [("patch_embed",)]

@@ -169,6 +169,10 @@ class EViT(VisionTransformer):
             left = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
             self.keep_rates = [final + (1 - final) * left for final in self.final_rates]
 
+    def log_values(self) -> dict[str, Tensor | float]:
+        """`keep_rate`: the smallest in force."""
+        return {"keep_rate": min(self.keep_rates)}
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, 1 + m, C) of the last block."""
         grid = self.grid_of(x)

@@ -38,7 +38,7 @@ _EMA_CONTAINERS = ("ema", "model_ema", "state_dict_ema")
 # DDP, torch.compile, contrastive and masked pre-training (MoBY, SimMIM), detectors.
 _PREFIXES = ("module", "_orig_mod", "encoder", "backbone")
 # Where a model without classes has no classifier to ask for its name.
-_HEAD_NAMES = ("head", "head_dist", "classifier", "fc")
+_HEAD_NAMES = ("head", "head_dist", "aux_head", "classifier", "fc")
 
 # Last name components of buffers that a file may lack: the model's own are as good.
 _OPTIONAL = ("num_batches_tracked", "splits")

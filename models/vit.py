@@ -103,6 +103,8 @@ class VisionTransformer(Backbone):
         self.grid = (-(-height // patch_size), -(-width // patch_size))
         self.num_special = int(class_token) + int(distilled)
         self.distilled = distilled
+        if distilled:
+            self.training_outputs = ("logits", "distilled")
 
         def table(tokens: int) -> nn.Parameter:
             return nn.Parameter(trunc_normal_(torch.empty(1, tokens, embed_dim), std=0.02))

@@ -7,6 +7,7 @@ images keep their own size; targets is anything nested of tensors that the task 
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from . import classification
@@ -20,6 +21,9 @@ class Evaluator(Protocol):
     def update(self, output: Any, batch: tuple[Any, Any]) -> None:
         """Count one batch in, without waiting for the device."""
 
+    def loss(self, output: Any, batch: tuple[Any, Any]) -> Tensor:
+        """Sum of the samples' losses, differentiable: what an attack raises."""
+
     def compute(self) -> dict[str, float]:
         """Metrics by name, percent where they are shares; every sample counts exactly once.
 
@@ -32,6 +36,9 @@ class Task(Protocol):
 
     metric: str  # key of `compute()` that selects the best checkpoint: higher is better
 
+    def check(self, model: nn.Module) -> None:
+        """ValueError if the bare `model`, which may have no memory behind it, cannot be trained so."""
+
     def losses(self, model: nn.Module, batch: tuple[Any, Any]) -> dict[str, Tensor]:
         """Forward pass in training mode -> {"loss": what to minimise, "loss_x": its parts to log}.
 
@@ -41,18 +48,25 @@ class Task(Protocol):
     def predict(self, model: nn.Module, batch: tuple[Any, Any]) -> Any:
         """Forward pass in eval mode -> what the evaluator takes."""
 
-    def evaluator(self) -> Evaluator:
-        """A fresh evaluator for one pass over a loader."""
+    def evaluator(self, **options: Any) -> Evaluator:
+        """A fresh evaluator for one pass over a loader; options are the task's own."""
 
     def describe(self, metrics: dict[str, float]) -> str:
         """The metrics that a person reads first, as one log line."""
 
 
-_BUILDERS: dict[str, Callable[[Any, int], Task]] = {"classification": classification.build_task}
+_BUILDERS: dict[str, Callable[[Any, int, torch.device | None], Task]] = {
+    "classification": classification.build_task
+}
 
 
-def build_task(config: Any, num_classes: int) -> Task:
-    """The task that TASK names; ValueError for an unknown one."""
+def build_task(config: Any, num_classes: int, device: torch.device | None = None) -> Task:
+    """The task that TASK names; ValueError for an unknown one.
+
+    Args:
+        device: of training, where the task may keep networks of its own, such as a teacher; None is enough to
+            check the config, or to evaluate.
+    """
     if config.TASK not in _BUILDERS:
         raise ValueError(f"TASK='{config.TASK}' must be one of {sorted(_BUILDERS)}")
-    return _BUILDERS[config.TASK](config, num_classes)
+    return _BUILDERS[config.TASK](config, num_classes, device)

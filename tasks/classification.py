@@ -6,20 +6,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from utils.distributed import all_reduce_sum
 from utils.wrappers import unwrap
+
+from .classification_metrics import ClassificationEvaluator, SetEvaluator
+from .distillation import build_distillation
+from .objective import LabelLoss, Objective, training_outputs
+from .token_labels import build_token_labelling
+
+__all__ = ["ClassificationEvaluator", "ClassificationTask", "build_task", "is_mixing"]
+
+LOSSES = ("cross_entropy", "bce")
 
 
 class ClassificationTask:
-    """Cross entropy on logits (B, num_classes); targets are class indices (B,).
+    """A loss on logits (B, num_classes); targets are class indices (B,).
 
     Args:
         num_classes: at least 2.
         label_smoothing: in [0, 1); with mixup or cutmix it smooths the mixed targets.
         mixup: keywords of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, cutmix_minmax, prob,
             switch_prob, mode). Mixing is on when any of the first three is, CutMix alone included.
+        loss: what the labels cost, of `LOSSES`: cross entropy, or the binary one of each class.
+        bce_threshold: bce: targets above it become 1 and the others 0; None leaves them soft.
+        bce_sum: bce: the sum over the classes instead of their mean.
+        objective: what teaches the model beyond the labels.
     """
 
     metric = "acc1"
@@ -30,48 +43,76 @@ class ClassificationTask:
         *,
         label_smoothing: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
+        loss: str = "cross_entropy",
+        bce_threshold: float | None = None,
+        bce_sum: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"MODEL.NUM_CLASSES={num_classes}: classification needs at least 2")
+        if loss not in LOSSES:
+            raise ValueError(f"TRAIN.LOSS='{loss}' must be one of {list(LOSSES)}")
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
+        self.objective = objective
+        self.bce = None
+        if loss == "bce":
+            self.bce = BinaryCrossEntropy(
+                label_smoothing, target_threshold=bce_threshold, sum_classes=bce_sum
+            )
         self.mixup = None
         if mixup and is_mixing(mixup):
             self.mixup = Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes)
 
+    def check(self, model: nn.Module) -> None:
+        """ValueError unless `model` gives in training mode what the losses need; runs nothing."""
+        if self.objective:
+            self.objective.check(model)
+        elif "tokens" in training_outputs(model):
+            raise ValueError(
+                f"{type(model).__name__} has an auxiliary head for token labels, which nothing would teach: "
+                "set TRAIN.TOKEN_LABELS.ENABLE True, or MODEL.DILATEFORMER.AUX_HEAD False"
+            )
+
     def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Images (B, C, H, W), labels (B,) -> loss, its cross entropy, and the model's own losses."""
-        inputs, targets = batch
-        smoothing = self.label_smoothing
-        if self.mixup:
-            if len(inputs) % 2:
-                raise ValueError(
-                    f"mixup and cutmix pair the images of a batch, which has {len(inputs)}: make "
-                    "DATA.BATCH_SIZE even and drop the last, incomplete batch of training"
-                )
-            # A copy, because timm mixes in place and the batch is the caller's.
-            inputs, targets = self.mixup(inputs.clone(), targets)  # targets -> (B, num_classes)
-            smoothing = 0.0
-        outputs = model(inputs)
-        # A model with several heads (distilled DeiT) trains all of them on the labels.
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        # float: the logarithm of half-precision probabilities is too coarse.
-        classification = sum(
-            F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) for logits in heads
-        ) / len(heads)
+        """Images (B, C, H, W), labels (B,) -> loss, its parts, and the model's own losses."""
+        loss, parts = (self.objective or _learn_labels)(
+            model, *self._mixed(*batch), self.label_loss
+        )
         auxiliary = _auxiliary_losses(model)
         return {
-            "loss": sum(auxiliary.values(), start=classification),
-            "loss_cls": classification,
-            **{f"loss_{name}": value for name, value in auxiliary.items()},
+            "loss": sum(auxiliary.values(), start=loss),
+            **{f"loss_{name}": value for name, value in (parts | auxiliary).items()},
         }
+
+    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K) against indices (B,), or against mixed, smoothed shares (B, K) -> a scalar."""
+        logits = logits.float()  # the logarithm of half-precision probabilities is too coarse
+        if self.bce:
+            return self.bce(logits, targets)
+        smoothing = self.label_smoothing if targets.ndim == 1 else 0.0
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def _mixed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed images and their targets (B, K); without mixing what comes in."""
+        if not self.mixup:
+            return inputs, targets
+        if len(inputs) % 2:
+            raise ValueError(
+                f"mixup and cutmix pair the images of a batch, which has {len(inputs)}: make "
+                "DATA.BATCH_SIZE even and drop the last, incomplete batch of training"
+            )
+        # A copy, because timm mixes in place and the batch is the caller's.
+        return self.mixup(inputs.clone(), targets)
 
     def predict(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Images (B, C, H, W) -> logits (B, num_classes)."""
         return model(batch[0])
 
-    def evaluator(self) -> "ClassificationEvaluator":
-        """A fresh evaluator for one pass over a loader."""
+    def evaluator(self, **options: Any) -> ClassificationEvaluator:
+        """A fresh evaluator for one pass over a loader; with options, which are its own, a `SetEvaluator`."""
+        if options:
+            return SetEvaluator(self.num_classes, **options)
         return ClassificationEvaluator(self.num_classes)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
@@ -80,60 +121,6 @@ class ClassificationTask:
             f" * Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.4f} "
             f"({metrics['images']:.0f} images)"
         )
-
-
-class ClassificationEvaluator:
-    """Top-1 and top-5 accuracy and mean cross entropy over the images of all processes.
-
-    With fewer than 5 classes `acc5` is the top-k accuracy of k = num_classes, so 100.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        self.k = min(5, num_classes)
-        self._sums: Tensor | None = None  # images, top-1, top-5, loss, images with bad logits
-
-    @torch.no_grad()
-    def update(self, output: Tensor, batch: tuple[Any, Tensor]) -> None:
-        """Count logits (B, num_classes) against labels (B,)."""
-        targets = batch[1]
-        logits = output.float()
-        top = logits.topk(self.k, dim=1).indices  # (B, k)
-        hits = top.eq(targets[:, None])
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        sums = torch.stack(
-            [
-                torch.ones_like(losses, dtype=torch.float64),
-                hits[:, 0].double(),
-                hits.any(dim=1).double(),
-                losses.double(),
-                (~logits.isfinite()).any(dim=1).double(),
-            ]
-        ).sum(dim=1)
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def compute(self) -> dict[str, float]:
-        """acc1 and acc5 in percent, loss, and the number of images, over all processes.
-
-        Raises:
-            FloatingPointError: logits of some images are nan or infinite.
-            ValueError: there was no image on any process.
-        """
-        own = torch.zeros(5, dtype=torch.float64) if self._sums is None else self._sums
-        images, top1, top5, loss, bad = all_reduce_sum(own).tolist()
-        if not images:
-            raise ValueError("nothing to evaluate: the loaders of all processes are empty")
-        if bad:
-            raise FloatingPointError(
-                f"logits of {bad:.0f} of {images:.0f} images are nan or infinite: the weights are "
-                "damaged, or half precision overflows (try AMP_ENABLE False)"
-            )
-        # Rounded, because the order of additions depends on the number of processes.
-        return {
-            "acc1": round(100 * top1 / images, 6),
-            "acc5": round(100 * top5 / images, 6),
-            "loss": round(loss / images, 6),
-            "images": int(images),
-        }
 
 
 def is_mixing(mixup: Mapping[str, Any]) -> bool:
@@ -145,11 +132,17 @@ def is_mixing(mixup: Mapping[str, Any]) -> bool:
     )
 
 
-def build_task(config: Any, num_classes: int) -> ClassificationTask:
+def build_task(
+    config: Any, num_classes: int, device: torch.device | None = None
+) -> ClassificationTask:
     """The task of a config, for the number of classes that the data has.
 
+    Args:
+        device: of training, for a teacher; None reads no weights, and is enough to check or to evaluate.
+
     Raises:
-        ValueError: fewer than 2 classes, or training would mix batches of an odd size.
+        ValueError: fewer than 2 classes, training would mix batches of an odd size, there is no such
+            teacher, or the ways to teach exclude each other.
     """
     aug = config.AUG
     mixup = dict(
@@ -165,9 +158,45 @@ def build_task(config: Any, num_classes: int) -> ClassificationTask:
             f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even with mixup or cutmix; make it even, "
             "or set AUG.MIXUP 0, AUG.CUTMIX 0 and AUG.CUTMIX_MINMAX None"
         )
+    if is_mixing(mixup) and not config.EVAL_MODE and config.TRAIN.TOKEN_LABELS.ENABLE:
+        raise ValueError(
+            f"TRAIN.TOKEN_LABELS mixes images by itself (MIX_ALPHA): AUG.MIXUP={aug.MIXUP}, "
+            f"AUG.CUTMIX={aug.CUTMIX} and AUG.CUTMIX_MINMAX={aug.CUTMIX_MINMAX} must be 0, 0 and None"
+        )
     return ClassificationTask(
-        num_classes, label_smoothing=config.MODEL.LABEL_SMOOTHING, mixup=mixup
+        num_classes,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        mixup=mixup,
+        loss=config.TRAIN.LOSS,
+        bce_threshold=config.TRAIN.BCE_THRESHOLD,
+        bce_sum=config.TRAIN.BCE_SUM,
+        objective=None if config.EVAL_MODE else build_objective(config, num_classes, device),
     )
+
+
+def build_objective(
+    config: Any, num_classes: int, device: torch.device | None = None
+) -> Objective | None:
+    """What TRAIN.DISTILLATION or TRAIN.TOKEN_LABELS adds to the labels, if anything."""
+    distilled, labelled = config.TRAIN.DISTILLATION.TYPE != "none", config.TRAIN.TOKEN_LABELS.ENABLE
+    if distilled and labelled:
+        raise ValueError(
+            "TRAIN.DISTILLATION.TYPE and TRAIN.TOKEN_LABELS.ENABLE exclude each other: leave TYPE none, or "
+            "ENABLE False"
+        )
+    if distilled:
+        return build_distillation(config, num_classes, device)
+    return build_token_labelling(config, num_classes, device) if labelled else None
+
+
+def _learn_labels(
+    model: nn.Module, images: Tensor, targets: Tensor, label_loss: LabelLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective without a teacher: all heads of a model (distilled DeiT has two) learn the labels."""
+    outputs = model(images)
+    heads = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(label_loss(logits, targets) for logits in heads) / len(heads)
+    return loss, {"cls": loss}
 
 
 def _auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:

@@ -1,12 +1,16 @@
-"""Running means that leave values on the device, and memory figures."""
+"""Running means that leave values on the device, statistics over images, and memory figures."""
 
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .distributed import all_gather_object
 
 
 class Mean:
@@ -46,6 +50,34 @@ class Mean:
         total = self._total / self._num_total if self._num_total else float("nan")
         self._window, self._num_window = 0.0, 0
         return window, total
+
+
+class ImageStatistics:
+    """Mean, 5th and 95th percentile of numbers that each image has, over the images of all processes."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count a batch in: (B,) by name, which stay on their device."""
+        for name, batch in values.items():
+            self._values.setdefault(name, []).append(batch.detach())
+
+    def compute(self) -> dict[str, float]:
+        """`<name>_mean`, `<name>_p5` and `<name>_p95`, the same in all processes, which all call this."""
+        own = {name: torch.cat(batches).tolist() for name, batches in self._values.items()}
+        parts = all_gather_object(own)
+        result = {}
+        for name in sorted({name for part in parts for name in part}):
+            # Sorted, so that sums have one order, whatever the number of processes.
+            values = np.sort([value for part in parts for value in part.get(name, [])])
+            low, high = np.percentile(values, (5, 95))
+            result |= {
+                f"{name}_mean": float(values.mean()),
+                f"{name}_p5": float(low),
+                f"{name}_p95": float(high),
+            }
+        return result
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -7,13 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine import evaluate
 from models import create_model
 from models.dge import PVTDGE, DeiTDGE, GrainedBlock
 from models.layers import grained
 from models.layers.grained import ragged_attention
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.pretrained import load_pretrained
+from tasks.classification import ClassificationTask
 from tests.reference.grained_encoder import grained_block
+from utils.amp import Amp
 
 SPLITS = [(4, 2, 1), (2, 4), (2, 1), (4,)]
 # Map size and number of tokens before the map; the second and third are cut by the border.
@@ -276,6 +279,65 @@ def test_there_is_no_budget_loss_in_evaluation_nor_without_weight():
     model = small_deit(budget_weight=0.0).train()
     model(images)
     assert model.aux_losses() == {}
+
+
+@pytest.mark.parametrize("make", [small_deit, small_pvt])
+def test_the_log_has_both_complexities_of_the_batch(make):
+    model = make().train()
+    assert model.log_values() == {}
+    model(torch.randn(3, 3, 128, 128))
+    static, dynamic = model.complexity()
+    values = model.log_values()
+    assert values["dge_static_gmacs"].item() == pytest.approx(static.mean().item() / 1e9)
+    assert values["dge_dynamic_gmacs"].item() == pytest.approx(dynamic.mean().item() / 1e9)
+    assert values["dge_ratio"].item() == pytest.approx((dynamic.sum() / static.sum()).item())
+    assert all(value.ndim == 0 and not value.requires_grad for value in values.values())
+    model.eval()(torch.randn(1, 3, 128, 128))
+    assert model.log_values() == {}
+
+
+def test_asking_for_the_log_first_leaves_the_budget_loss_its_gradient():
+    model = small_deit().train()
+    model(torch.randn(2, 3, 128, 128))
+    with torch.no_grad():
+        model.log_values()
+    model.aux_losses()["dge_budget"].backward()
+    assert model.blocks[0].dge.router.gate.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [small_deit, small_pvt])
+def test_each_image_has_its_own_values_in_evaluation(make):
+    model = make()
+    assert model.image_values() == {}
+    images = torch.randn(5, 3, 128, 128)
+    model(images)
+    static, dynamic = model.complexity()
+    values = model.image_values()
+    assert values["dge_ratio"].tolist() == pytest.approx((dynamic / static).tolist())
+    assert values["dge_dynamic_gmacs"].tolist() == pytest.approx((dynamic / 1e9).tolist())
+    assert values["dge_static_gmacs"].tolist() == pytest.approx((static / 1e9).tolist())
+    compiled = torch.compile(model, backend="eager")
+    compiled(images[:2])
+    assert model.image_values()["dge_ratio"].tolist() == values["dge_ratio"][:2].tolist()
+    model.train()(images)
+    assert model.image_values() == {}
+
+
+def test_evaluation_reports_the_spread_over_images():
+    model = small_deit()
+    images, labels = torch.randn(7, 3, 128, 128), torch.zeros(7, dtype=torch.int64)
+    batches = list(zip(images.split(3), labels.split(3), strict=True))
+    scores = evaluate(model, ClassificationTask(5), batches, device=torch.device("cpu"), amp=Amp())
+    with torch.no_grad():
+        model(images)
+    static, dynamic = model.complexity()
+    ratios = (dynamic / static).sort().values.tolist()
+    assert scores["dge_ratio_mean"] == pytest.approx(sum(ratios) / 7, abs=1e-6)
+    # The 5th percentile of 7 numbers lies at 0.3 of the way from the first to the second.
+    assert scores["dge_ratio_p5"] == pytest.approx(0.7 * ratios[0] + 0.3 * ratios[1], abs=1e-6)
+    assert scores["dge_ratio_p95"] == pytest.approx(0.3 * ratios[5] + 0.7 * ratios[6], abs=1e-6)
+    assert scores["images"] == 7
 
 
 def test_a_model_can_be_copied_after_a_training_step():

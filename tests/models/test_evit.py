@@ -217,6 +217,13 @@ def test_evaluation_uses_the_rate_that_training_has_reached():
     assert sequence_lengths(model, images) == [16, half_way[0], half_way[1], half_way[1]]
 
 
+def test_the_smallest_keep_rate_is_logged():
+    model = small(keep_rate=[0.75, 0.25])
+    assert model.log_values() == {"keep_rate": 0.25}
+    model.set_progress(0, 100, 0, steps_per_epoch=10)
+    assert model.log_values() == {"keep_rate": 1.0}
+
+
 def test_kept_indices_lead_back_to_patches_of_the_image():
     kept = [torch.tensor([[5, 0, 3]]), torch.tensor([[3, 1]]), torch.tensor([[2, 0]])]
     # After block 0 the sequence is patches 5, 0, 3 and a fused token; then the fused token, 0, fused.

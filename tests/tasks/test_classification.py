@@ -1,5 +1,7 @@
 """Losses and metrics of classification against values worked out by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,7 @@ def batch(labels, size=8):
     return torch.rand(len(labels), 3, size, size), torch.tensor(labels)
 
 
-def config(batch_size=4, smoothing=0.1, **aug):
+def config(batch_size=4, smoothing=0.1, train=None, **aug):
     mixing = dict(
         MIXUP=0.0,
         CUTMIX=0.0,
@@ -51,6 +53,14 @@ def config(batch_size=4, smoothing=0.1, **aug):
             EVAL_MODE=False,
             AUG=mixing | aug,
             MODEL=dict(LABEL_SMOOTHING=smoothing),
+            TRAIN=dict(
+                LOSS="cross_entropy",
+                BCE_THRESHOLD=None,
+                BCE_SUM=False,
+                DISTILLATION=dict(TYPE="none"),
+                TOKEN_LABELS=dict(ENABLE=False),
+            )
+            | (train or {}),
             DATA=dict(BATCH_SIZE=batch_size),
         )
     )
@@ -95,6 +105,57 @@ def test_mixing_smooths_the_labels_once():
     loss = task.losses(Fixed([2.0, -1.0]), batch([0, 0]))["loss"]
     expected = F.cross_entropy(torch.tensor([[2.0, -1.0]]), torch.tensor([0]), label_smoothing=0.4)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+LOGITS = [1.0, -2.0, 0.5]
+
+
+def binary(targets, logits=LOGITS):
+    """Binary cross entropy of each class, in a list."""
+    shares = [1 / (1 + math.exp(-logit)) for logit in logits]
+    return [
+        -t * math.log(p) - (1 - t) * math.log(1 - p) for t, p in zip(targets, shares, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "targets", "reduce"),
+    [
+        ({}, [0.0, 0.0, 1.0], lambda losses: sum(losses) / 3),
+        (dict(bce_sum=True), [0.0, 0.0, 1.0], sum),
+        (dict(label_smoothing=0.3), [0.1, 0.1, 0.8], lambda losses: sum(losses) / 3),
+        (
+            dict(label_smoothing=0.3, bce_threshold=0.05),
+            [1.0, 1.0, 1.0],
+            lambda losses: sum(losses) / 3,
+        ),
+        (
+            dict(label_smoothing=0.3, bce_threshold=0.2),
+            [0.0, 0.0, 1.0],
+            lambda losses: sum(losses) / 3,
+        ),
+    ],
+    ids=["mean", "sum", "smoothed", "low threshold", "high threshold"],
+)
+def test_binary_cross_entropy_asks_for_each_class_alone(options, targets, reduce):
+    task = ClassificationTask(3, loss="bce", **options)
+    loss = task.losses(Fixed(LOGITS), batch([2, 2]))["loss"]
+    assert loss.item() == pytest.approx(reduce(binary(targets)), rel=1e-5)
+
+
+def test_a_threshold_makes_both_labels_of_a_mixed_image_true():
+    """As DeiT III has it: targets above 0 become 1, whatever their share."""
+    train = dict(LOSS="bce", BCE_THRESHOLD=0.0)
+    task = build_task(config(smoothing=0.0, train=train, MIXUP=0.8), 3)
+    loss = task.losses(Fixed(LOGITS), batch([0, 2]))["loss"]
+    assert loss.item() == pytest.approx(sum(binary([1.0, 0.0, 1.0])) / 3, rel=1e-5)
+    soft = build_task(config(smoothing=0.0, train=dict(LOSS="bce"), MIXUP=0.8), 3)
+    mean = soft.losses(Fixed(LOGITS), batch([0, 2]))["loss"]
+    halves = [
+        binary([1.0, 0.0, 0.0]),
+        binary([0.0, 0.0, 1.0]),
+    ]  # the two mix with shares that sum to 1
+    assert mean.item() == pytest.approx(sum(map(sum, halves)) / 6, rel=1e-5)
 
 
 def test_losses_leave_the_batch_as_it_was():
@@ -142,6 +203,8 @@ def test_an_odd_batch_with_mixing_is_explained():
 def test_bad_arguments_name_their_key():
     with pytest.raises(ValueError, match="NUM_CLASSES=1"):
         ClassificationTask(1)
+    with pytest.raises(ValueError, match=r"TRAIN\.LOSS='hinge' must be one of"):
+        ClassificationTask(3, loss="hinge")
     other = config()
     other.TASK = "regression"
     with pytest.raises(ValueError, match="TASK='regression' must be one of"):
