@@ -1,6 +1,7 @@
-"""Learning-rate schedules per optimizer step, on timm's schedulers."""
+"""Schedules of the learning rate (timm's) and of the weight decay, per optimizer step."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,7 @@ from timm.scheduler import (
 )
 from torch import nn
 
-from optimizer import scaled_lr
-from utils.distributed import get_world_size
+from optimizer import build_rates
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ LINEAR_END = 0.01
 
 
 class Schedule:
-    """The learning rate as a function of the optimizer step, and the length of the run.
+    """Learning rate and weight decay as functions of the optimizer step, and the length of the run.
 
     Nothing in it depends on the past: resuming is calling `step_update` with the right step, and a run
     with other hyper-parameters follows those from there on.
@@ -31,8 +31,10 @@ class Schedule:
     Args:
         make: builds a timm scheduler for an optimizer.
         optimizer: its groups have the scaled base rate as `initial_lr` (or `lr`), and may have their own
-            factor as `lr_scale`.
+            factors as `lr_scale` and `wd_scale`.
         total_steps, warmup_steps, steps_per_epoch: in optimizer steps.
+        weight_decay: (at the start, at the end) of a cosine over the whole run; None leaves the groups'
+            own as it is.
     """
 
     def __init__(
@@ -43,23 +45,39 @@ class Schedule:
         total_steps: int,
         warmup_steps: int = 0,
         steps_per_epoch: int | None = None,
+        weight_decay: tuple[float, float] | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.steps_per_epoch = steps_per_epoch
+        self.weight_decay = weight_decay
+        self._optimizer = optimizer
+        # Remembered here: the groups of an older checkpoint, once loaded, do not say it.
+        self._wd_scales = [group.get("wd_scale", 1.0) for group in optimizer.param_groups]
         # A twin on a throwaway parameter answers lr_at without touching the real optimizer.
         self._probed = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=_base_lr(optimizer))
         self._probe = make(self._probed)
         self._scheduler = make(optimizer)
 
     def step_update(self, step: int) -> None:
-        """Set the rates for optimizer step number `step`, counted from 0; call it before that step."""
+        """Set rates and decay for optimizer step number `step`, counted from 0; call it before that step."""
         self._scheduler.step_update(step)
+        if self.weight_decay is not None:
+            decay = self.weight_decay_at(step)
+            for group, scale in zip(self._optimizer.param_groups, self._wd_scales, strict=True):
+                group["weight_decay"] = decay * scale
 
     def lr_at(self, step: int) -> float:
         """Rate of a group with factor 1 at step `step`."""
         self._probe.step_update(step)
         return self._probed.param_groups[0]["lr"]
+
+    def weight_decay_at(self, step: int) -> float:
+        """Weight decay at step `step`, of the groups that decay."""
+        if self.weight_decay is None:
+            return max(group["weight_decay"] for group in self._optimizer.param_groups)
+        first, last = self.weight_decay
+        return last + (first - last) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
 
     def state_dict(self) -> dict[str, int]:
         """The length of the run, so that a resumed run can tell when it follows another schedule."""
@@ -83,13 +101,13 @@ def build_scheduler(
     steps_per_epoch: int,
     world_size: int | None = None,
 ) -> Schedule:
-    """The schedule that TRAIN.LR_SCHEDULER names.
+    """The schedule that TRAIN.LR_SCHEDULER names, and that of TRAIN.WEIGHT_DECAY_END.
 
     Args:
         config: keys TRAIN and DATA.BATCH_SIZE.
         optimizer: fresh from `build_optimizer`; build the schedule before loading a checkpoint into it.
         steps_per_epoch: optimizer steps, so batches / ACCUMULATION_STEPS rounded up.
-        world_size: processes, for the scaling of WARMUP_LR and MIN_LR; None asks the process group.
+        world_size: processes, for the scaling of the rates; None asks the process group.
 
     Raises:
         ValueError: unknown name, or no step to schedule.
@@ -108,20 +126,11 @@ def build_scheduler(
             "TRAIN.WARMUP_STEPS=%s to reach TRAIN.BASE_LR",
             total, warmup, train.WARMUP_EPOCHS, train.WARMUP_STEPS,
         )  # fmt: skip
-    warmup_lr, min_lr = (
-        scaled_lr(
-            base,
-            config.DATA.BATCH_SIZE,
-            get_world_size() if world_size is None else world_size,
-            train.ACCUMULATION_STEPS,
-            train.LR_SCALING,
-        )
-        for base in (train.WARMUP_LR, train.MIN_LR)
-    )
+    rates = build_rates(config, world_size)
     after_warmup = max(total - warmup, 2)  # timm has no curve of one step; only its start is used
-    common = dict(warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=False)
+    common = dict(warmup_t=warmup, warmup_lr_init=rates.warmup, t_in_epochs=False)
     prefixed = common | dict(
-        lr_min=min_lr,
+        lr_min=rates.minimum,
         warmup_prefix=options.WARMUP_PREFIX,
         t_initial=after_warmup if options.WARMUP_PREFIX else max(total, 2),
     )
@@ -159,8 +168,14 @@ def build_scheduler(
             "['cosine', 'linear', 'step', 'multistep', 'poly']"
         )
 
+    decays = train.WEIGHT_DECAY, train.WEIGHT_DECAY_END
     return Schedule(
-        make, optimizer, total_steps=total, warmup_steps=warmup, steps_per_epoch=steps_per_epoch
+        make,
+        optimizer,
+        total_steps=total,
+        warmup_steps=warmup,
+        steps_per_epoch=steps_per_epoch,
+        weight_decay=None if train.WEIGHT_DECAY_END is None else decays,
     )
 
 

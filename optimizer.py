@@ -1,7 +1,8 @@
 """Optimizers and their parameter groups: weight decay, layer-wise decay, learning-rate multipliers."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -12,9 +13,18 @@ from utils.spelling import nearest
 from utils.wrappers import unwrap
 
 REFERENCE_BATCH = 512  # images per step that TRAIN.BASE_LR is given for
+SCALINGS = ("linear", "base", "none")
 OWN_OPTIMIZERS = ("adamw", "sgd", "fused_adam", "fused_lamb")
 # Shared defaults of TRAIN.OPTIMIZER; other optimizers keep their own unless the user sets these keys.
 DEFAULT_EPS, DEFAULT_BETAS = 1e-8, (0.9, 0.999)
+
+
+class Rates(NamedTuple):
+    """Learning rates of a run: after the warm-up, at its start, and at the end of the schedule."""
+
+    base: float
+    warmup: float
+    minimum: float
 
 
 def scaled_lr(base: float, batch: int, world: int, accumulation: int, rule: str) -> float:
@@ -25,30 +35,62 @@ def scaled_lr(base: float, batch: int, world: int, accumulation: int, rule: str)
         batch: images per process and forward pass.
         world: processes.
         accumulation: forward passes per step; 0 means 1, as in DFvT's configs.
-        rule: 'linear' multiplies by the images per step / 512, 'none' returns `base`.
+        rule: 'linear' and 'base' multiply by the images per step / 512, 'none' returns `base`.
     """
-    if rule not in ("linear", "none"):
-        raise ValueError(f"TRAIN.LR_SCALING='{rule}' must be one of ['linear', 'none']")
+    if rule not in SCALINGS:
+        raise ValueError(f"TRAIN.LR_SCALING='{rule}' must be one of {list(SCALINGS)}")
     if rule == "none":
         return base
     return base * batch * world * max(accumulation, 1) / REFERENCE_BATCH
 
 
+def build_rates(config: Any, world_size: int | None = None) -> Rates:
+    """The scaled rates of a config: all three with LR_SCALING 'linear', as in Swin, or one, as in DeiT.
+
+    Args:
+        config: keys TRAIN and DATA.BATCH_SIZE.
+        world_size: processes; None asks the process group.
+
+    Raises:
+        ValueError: unknown LR_SCALING.
+    """
+    train, rule = config.TRAIN, config.TRAIN.LR_SCALING
+    world = get_world_size() if world_size is None else world_size
+    images = config.DATA.BATCH_SIZE, world, train.ACCUMULATION_STEPS
+    ends = "none" if rule == "base" else rule
+    return Rates(
+        scaled_lr(train.BASE_LR, *images, rule),
+        scaled_lr(train.WARMUP_LR, *images, ends),
+        scaled_lr(train.MIN_LR, *images, ends),
+    )
+
+
 def param_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    lr_multipliers: Sequence[str] = (),
+    no_weight_decay: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Trainable parameters grouped by weight decay and learning-rate factor, in the model's order.
 
-    No decay for tensors of at most one dimension, names that end in `.bias`, and full names in
-    `model.no_weight_decay()`. The factor is that of the longest matching prefix in
-    `model.lr_multipliers()`, times `layer_decay ** (layers above)`.
+    No decay for tensors of at most one dimension, names that end in `.bias`, full names in
+    `model.no_weight_decay()`, and names that `no_weight_decay` covers. The factor is that of the longest
+    matching prefix in `model.lr_multipliers()`, times those of `lr_multipliers`, times
+    `layer_decay ** (layers above)`.
+
+    Args:
+        lr_multipliers: "name=factor"; a name covers the parameters below it, and may be a pattern with
+            `*` for whole parameter names ("*.router.*=0.1").
+        no_weight_decay: names or patterns of the same kind.
 
     Returns:
-        dicts with `params` (list of (name, parameter), as torch optimizers take), `weight_decay`, and
-        `lr_scale`, which timm's schedulers multiply into the rate.
+        dicts with `params` (list of (name, parameter), as torch optimizers take), `weight_decay`,
+        `lr_scale`, which timm's schedulers multiply into the rate, and `wd_scale`, 0 where nothing decays.
 
     Raises:
-        ValueError: nothing to train, or layer decay for a model without `layer_id`.
+        ValueError: nothing to train, layer decay for a model without `layer_id`, or a name that covers no
+            parameter.
     """
     model = unwrap(model)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
@@ -57,21 +99,27 @@ def param_groups(
         raise ValueError(
             f"TRAIN.LAYER_DECAY={layer_decay}: {type(model).__name__} has no layer_id(); set it to 1.0"
         )
+    names = [name for name, _ in model.named_parameters()]
+    factors = dict(_name_and_factor(entry) for entry in lr_multipliers)
+    _check_cover("TRAIN.LR_MULTIPLIERS", factors, names)
+    _check_cover("TRAIN.NO_WEIGHT_DECAY", no_weight_decay, names)
     groups: dict[tuple[float, float], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         no_decay = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+        no_decay = no_decay or any(_covers(pattern, name) for pattern in no_weight_decay)
         scale = _multiplier(name, multipliers)
+        for pattern, factor in factors.items():
+            scale *= factor if _covers(pattern, name) else 1.0
         if layer_decay != 1.0:
             scale *= layer_decay ** (model.num_layers() - 1 - model.layer_id(name))
-        key = (scale, 0.0 if no_decay else weight_decay)
-        groups.setdefault(key, []).append((name, parameter))
+        groups.setdefault((scale, 0.0 if no_decay else 1.0), []).append((name, parameter))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     return [
-        dict(params=members, weight_decay=decay, lr_scale=scale)
-        for (scale, decay), members in groups.items()
+        dict(params=members, weight_decay=weight_decay * decays, lr_scale=scale, wd_scale=decays)
+        for (scale, decays), members in groups.items()
     ]
 
 
@@ -88,17 +136,17 @@ def build_optimizer(
         world_size: processes; None asks the process group.
 
     Raises:
-        ValueError: unknown name, or Apex is missing for a fused one.
+        ValueError: unknown name, Apex is missing for a fused one, or what `param_groups` refuses.
     """
     train, options = config.TRAIN, config.TRAIN.OPTIMIZER
-    lr = scaled_lr(
-        train.BASE_LR,
-        config.DATA.BATCH_SIZE,
-        get_world_size() if world_size is None else world_size,
-        train.ACCUMULATION_STEPS,
-        train.LR_SCALING,
+    lr = build_rates(config, world_size).base
+    groups = param_groups(
+        model,
+        train.WEIGHT_DECAY,
+        train.LAYER_DECAY,
+        train.LR_MULTIPLIERS,
+        train.NO_WEIGHT_DECAY,
     )
-    groups = param_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY)
     name, betas = options.NAME.lower(), tuple(options.BETAS)
     if name in OWN_OPTIMIZERS and len(betas) != 2:
         raise ValueError(f"TRAIN.OPTIMIZER.BETAS={options.BETAS}: '{name}' takes two")
@@ -123,6 +171,37 @@ def build_optimizer(
 def _multiplier(name: str, multipliers: Mapping[str, float]) -> float:
     matches = [p for p in multipliers if name == p or name.startswith(p + ".")]
     return multipliers[max(matches, key=len)] if matches else 1.0
+
+
+def _name_and_factor(entry: str) -> tuple[str, float]:
+    """ "head=10" -> ("head", 10.0)."""
+    name, separator, text = entry.rpartition("=")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = -1.0
+    if not (separator and name and 0 <= factor < float("inf")):
+        raise ValueError(
+            f"TRAIN.LR_MULTIPLIERS: '{entry}' must be 'name=factor' with a factor of at least 0, "
+            "for instance 'head=10' or '*.router.*=0.1'"
+        )
+    return name, factor
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
+
+
+def _check_cover(key: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """ValueError for a name of the config that is no parameter's."""
+    for pattern in patterns:
+        if not any(_covers(pattern, name) for name in names):
+            parts = [name.split(".") for name in names]
+            known = dict.fromkeys(".".join(p[: i + 1]) for p in parts for i in range(len(p)))
+            raise ValueError(
+                f"{key}: '{pattern}' covers no parameter of the model; did you mean one of "
+                f"{nearest(pattern, known)[:3]}? (`*` stands for any text: '*.{pattern}.*')"
+            )
 
 
 def _on_gpu(groups: list[dict[str, Any]]) -> bool | None:

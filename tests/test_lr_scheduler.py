@@ -32,6 +32,8 @@ def config(name="cosine", prefix=True, **train):
         BASE_LR=BASE,
         WARMUP_LR=WARMUP,
         MIN_LR=MIN,
+        WEIGHT_DECAY=0.05,
+        WEIGHT_DECAY_END=None,
         ACCUMULATION_STEPS=1,
         LR_SCALING="linear",
     )
@@ -127,7 +129,7 @@ def test_factors_of_a_built_optimizer_count_once():
         def lr_multipliers(self):
             return {"weight": 2.0}
 
-    keys = config(WEIGHT_DECAY=0.05, LAYER_DECAY=1.0)
+    keys = config(LAYER_DECAY=1.0, LR_MULTIPLIERS=[], NO_WEIGHT_DECAY=[])
     keys.TRAIN.OPTIMIZER = CfgNode(dict(NAME="sgd", MOMENTUM=0.9, EPS=1e-8, BETAS=[0.9, 0.999]))
     optimizer = build_optimizer(keys, Doubled(2, 2), 1)
     assert optimizer.param_groups[0]["lr_scale"] == 2.0
@@ -177,3 +179,51 @@ def test_resuming_another_length_is_reported(caplog):
     assert not caplog.text
     build().load_state_dict(build("cosine", EPOCHS=20).state_dict())
     assert "'total_steps': 200" in caplog.text
+
+
+def decaying(first, last):
+    """An optimizer with a group that decays and one that does not, and its schedule."""
+    keys = config(WEIGHT_DECAY=first, WEIGHT_DECAY_END=last)
+    keys.TRAIN.update(LAYER_DECAY=1.0, LR_MULTIPLIERS=[], NO_WEIGHT_DECAY=[])
+    keys.TRAIN.OPTIMIZER = CfgNode(dict(NAME="adamw", MOMENTUM=0.9, EPS=1e-8, BETAS=[0.9, 0.999]))
+    optimizer = build_optimizer(keys, nn.Linear(2, 2), 1)
+    return optimizer, build_scheduler(keys, optimizer, 10)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.04, 0.4), (0.05, 0.0), (0.0, 0.1)])
+def test_weight_decay_follows_a_cosine_over_the_whole_run(first, last):
+    """DINO's: 100 steps, no warm-up of its own; what does not decay stays at 0."""
+    optimizer, schedule = decaying(first, last)
+    for step in (0, 10, 50, 99, 100):
+        expected = last + (first - last) * (1 + math.cos(math.pi * step / 100)) / 2
+        schedule.step_update(step)
+        assert schedule.weight_decay_at(step) == pytest.approx(expected)
+        decays = {g["param_names"][0]: g["weight_decay"] for g in optimizer.param_groups}
+        assert decays == {"weight": pytest.approx(expected), "bias": 0.0}
+    assert schedule.weight_decay_at(0) == pytest.approx(first)
+    assert schedule.weight_decay_at(50) == pytest.approx((first + last) / 2)
+    assert schedule.weight_decay_at(100) == pytest.approx(last)
+
+
+def test_without_an_end_the_decay_of_the_groups_is_left_alone():
+    optimizer, schedule = decaying(0.05, None)
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+    schedule.step_update(70)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    assert schedule.weight_decay_at(70) == 0.3
+
+
+def test_the_decay_goes_on_in_groups_that_a_checkpoint_has_replaced():
+    optimizer, schedule = decaying(0.04, 0.4)
+    schedule.step_update(30)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["wd_scale"]  # as in checkpoints from before there was a schedule
+    resumed, again = decaying(0.04, 0.4)
+    resumed.load_state_dict(state)
+    for step in (31, 80):
+        schedule.step_update(step)
+        again.step_update(step)
+        expected = [group["weight_decay"] for group in optimizer.param_groups]
+        assert [group["weight_decay"] for group in resumed.param_groups] == expected
+        assert expected[1] == 0.0

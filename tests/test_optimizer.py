@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from optimizer import build_optimizer, param_groups, scaled_lr
+from optimizer import build_optimizer, build_rates, param_groups, scaled_lr
 
 
 class Toy(nn.Module):
@@ -38,7 +38,15 @@ class Toy(nn.Module):
 def config(name="adamw", **train):
     optimizer = dict(NAME=name, EPS=1e-8, BETAS=[0.9, 0.999], MOMENTUM=0.9)
     defaults = dict(
-        BASE_LR=1e-3, WEIGHT_DECAY=0.05, LAYER_DECAY=1.0, ACCUMULATION_STEPS=1, LR_SCALING="linear"
+        BASE_LR=1e-3,
+        WARMUP_LR=1e-6,
+        MIN_LR=1e-5,
+        WEIGHT_DECAY=0.05,
+        LAYER_DECAY=1.0,
+        LR_MULTIPLIERS=[],
+        NO_WEIGHT_DECAY=[],
+        ACCUMULATION_STEPS=1,
+        LR_SCALING="linear",
     )
     return CfgNode(
         dict(TRAIN=defaults | train | dict(OPTIMIZER=optimizer), DATA=dict(BATCH_SIZE=512))
@@ -109,18 +117,78 @@ def test_a_fully_frozen_model_is_an_error():
 
 @pytest.mark.parametrize(
     ("rule", "accumulation", "expected"),
-    [("linear", 1, 1e-3), ("linear", 0, 1e-3), ("linear", 4, 4e-3), ("none", 4, 5e-4)],
+    [
+        ("linear", 1, 1e-3),
+        ("linear", 0, 1e-3),
+        ("linear", 4, 4e-3),
+        ("base", 4, 4e-3),
+        ("none", 4, 5e-4),
+    ],
 )
 def test_the_learning_rate_scales_with_the_images_per_step(rule, accumulation, expected):
     """Trap: accumulation changes the images per step, and DFvT's 0 means 1."""
     assert scaled_lr(5e-4, 128, 8, accumulation, rule) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("linear", (4e-3, 4e-6, 4e-5)), ("base", (4e-3, 1e-6, 1e-5)), ("none", (1e-3, 1e-6, 1e-5))],
+)
+def test_swin_scales_all_three_rates_and_deit_one(rule, expected):
+    """Trap: DeiT's program scales --lr and passes --warmup-lr and --min-lr on as they are."""
+    assert build_rates(config(LR_SCALING=rule), 4) == pytest.approx(expected)
+
+
 def test_an_unknown_scaling_rule_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"LR_SCALING='square' must be one of \['linear', 'none'\]"
-    ):
+    message = r"LR_SCALING='square' must be one of \['linear', 'base', 'none'\]"
+    with pytest.raises(ValueError, match=message):
         scaled_lr(1.0, 1, 1, 1, "square")
+
+
+def test_multipliers_of_the_config_multiply_those_of_the_model():
+    entries = ["convlayers=0.5", "*.bias=3", "head=10"]
+    scale = names_by(param_groups(Toy(), 0.05, lr_multipliers=entries), "lr_scale")
+    assert scale["convlayers.0.weight"] == 1.0  # 2 of the model x 0.5
+    assert scale["convlayers.0.bias"] == 3.0
+    assert scale["head.weight"] == 10.0
+    assert scale["head.bias"] == 30.0
+    assert scale["table_bias"] == 1.0  # the pattern asks for a dot before "bias"
+    assert scale["stem.weight"] == 1.0
+
+
+def test_a_multiplier_of_zero_keeps_the_weights_where_they_are():
+    model = Toy()
+    optimizer = build_optimizer(config("sgd", LR_MULTIPLIERS=["stem=0"]), model, 1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert kept == {"stem.weight", "stem.bias"}
+
+
+def test_names_of_the_config_are_exempt_from_decay_too():
+    groups = param_groups(Toy(), 0.05, no_weight_decay=["table_bias", "conv*.weight"])
+    decay = names_by(groups, "weight_decay")
+    assert {name for name, value in decay.items() if value == 0.05} == {
+        "stem.weight",
+        "head.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(LR_MULTIPLIERS=["haed=10"]), r"LR_MULTIPLIERS: 'haed' covers no parameter.*'head"),
+        (dict(NO_WEIGHT_DECAY=["router"]), r"NO_WEIGHT_DECAY: 'router' covers no .*'\*.router.\*'"),
+        (dict(LR_MULTIPLIERS=["head"]), r"LR_MULTIPLIERS: 'head' must be 'name=factor'"),
+        (dict(LR_MULTIPLIERS=["head=-1"]), r"'head=-1' must be 'name=factor'"),
+        (dict(LR_MULTIPLIERS=["head=nan"]), r"'head=nan' must be 'name=factor'"),
+    ],
+)
+def test_names_that_the_model_does_not_have_are_errors(keys, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(config(**keys), Toy(), 1)
 
 
 def test_building_twice_from_one_config_scales_once():

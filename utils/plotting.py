@@ -1,10 +1,12 @@
-"""Pictures of a run, from its metrics.jsonl."""
+"""Pictures of a run, from its metrics.jsonl and its evaluation."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -69,6 +71,66 @@ def plot_training(
     _dress(rate, "learning rate")
     if title:
         figure.suptitle(title, color=_INK, fontsize=12)
+    picture = Path(picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+
+
+def plot_confusion(counts: np.ndarray, classes: Sequence[str], picture: str | Path) -> None:
+    """Draw how often each class (row) was taken for each (column), as a share of the row's images.
+
+    Args:
+        counts: (classes, classes) numbers of images; a class without any has an empty row.
+        classes: names, written beside the axes where there are at most 40.
+        picture: file to write; its suffix is the format.
+    """
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    named = len(classes) <= 40
+    side = 3 + 0.25 * len(classes) if named else 10
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the class's images (%)", shrink=0.8)
+    axes.set_xlabel("prediction", color=_INK)
+    axes.set_ylabel("label", color=_INK)
+    axes.tick_params(colors=_INK, labelsize=8)
+    if named:
+        places = range(len(classes))
+        axes.set_xticks(places, classes, rotation=90)
+        axes.set_yticks(places, classes)
+    if len(classes) <= 12:
+        for row, column in np.ndindex(*shares.shape):
+            share = shares[row, column]
+            if share < 0.5:
+                continue
+            ink = "white" if share > 50 else _INK
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=ink, fontsize=8)
+    picture = Path(picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+
+
+def plot_schedule(
+    curve: Sequence[tuple[int, float, float]], picture: str | Path, points: int = 4000
+) -> None:
+    """Draw learning rate and weight decay over the steps of a run.
+
+    Args:
+        curve: (step, learning rate, weight decay).
+        picture: file to write; its suffix is the format.
+        points: of a longer curve, about so many are drawn.
+    """
+    shown = [*curve[:: max(len(curve) // points, 1)], curve[-1]]
+    records = [dict(step=step, lr=lr, decay=decay) for step, lr, decay in shown]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 2), ("lr", "decay"), ("learning rate", "weight decay"), strict=True
+    ):
+        _curve(axes, records, key, _TRAIN, title)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_ylim(bottom=0)
+        _dress(axes, title)
     picture = Path(picture)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
