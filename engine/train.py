@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,7 @@ def train_epoch(
     accumulation_steps: int = 1,
     clip_grad: float = 0.0,
     ema: ModelEma | None = None,
+    followers: Sequence[nn.Module] = (),
     channels_last: bool = False,
     log_every: int = 10,
     on_log: Callable[[dict[str, float]], None] | None = None,
@@ -73,6 +74,7 @@ def train_epoch(
             change of batch size, say) the rest of the window makes a step.
         accumulation_steps: batches per optimizer step; 0 means 1.
         clip_grad: largest total gradient norm; 0 is off. The norm is logged in any case.
+        followers: models that are evaluated in place of this one, and whose schedules go along.
         log_every: batches between log lines (the epoch's last batch is logged too).
         on_log: gets a flat dict of numbers at each log line.
         save_every: optimizer steps between calls of `on_save(step, next batch)`; 0 is never. It may
@@ -84,7 +86,7 @@ def train_epoch(
     window = max(accumulation_steps, 1)
     module = unwrap(model)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    learners = [module] if ema is None else [module, ema.module]
+    learners = [module, *followers] if ema is None else [module, ema.module, *followers]
     log = _TrainLog(epoch, epochs, num_batches, device)
     batches = iter(_with_progress_bar(loader, f"epoch {epoch}", first_batch, num_batches))
     model.train()
@@ -110,7 +112,7 @@ def train_epoch(
                 step += 1
                 if ema is not None:
                     ema.update(module, step)
-            log.add(_num_images(batch), **losses)
+            log.add(_num_images(batch), **losses, **_log_values(module))
             if index % log_every == 0 or index == num_batches - 1:
                 record = log.write(index, step, optimizer, amp)
                 if on_log:
@@ -165,8 +167,8 @@ class _TrainLog:
         self.num_waited += 1
         return batch
 
-    def add(self, num_images: int = 0, /, **values: Tensor) -> None:
-        """Count 0-D tensors in without reading them."""
+    def add(self, num_images: int = 0, /, **values: Tensor | float) -> None:
+        """Count numbers in; 0-D tensors are not read."""
         self.num_images += num_images
         for name, value in values.items():
             self.values[name].add(value)
@@ -204,7 +206,9 @@ class _TrainLog:
         loss, grad_norm = means["loss"], means.get("grad_norm", (math.nan, math.nan))
         # No step since the last line, or none at all: log readers expect a number, Swin writes 0.
         shown_norm = [0.0 if math.isnan(norm) else norm for norm in grad_norm]
-        weight_decay = max(group["weight_decay"] for group in optimizer.param_groups)
+        weight_decay = max(
+            group["weight_decay"] for group in optimizer.param_groups
+        )  # some have none
         eta = datetime.timedelta(seconds=int(batch_time[1] * (self.num_batches - 1 - index)))
         memory = peak_memory_mib(self.device)
         _LOG.info(
@@ -221,6 +225,7 @@ class _TrainLog:
             epoch=self.epoch,
             batch=index,
             lr=self.lr,
+            weight_decay=weight_decay,
             **{name: mean for name, (mean, _) in means.items()},
             loss_scale=loss_scale[0],
             time=batch_time[0],
@@ -244,8 +249,16 @@ def _set_progress(module: nn.Module, step: int, schedule: Any) -> None:
         )
 
 
+def _log_values(module: nn.Module) -> dict[str, Tensor | float]:
+    """What a model tells of its last training forward; plain modules nothing."""
+    return module.log_values() if hasattr(module, "log_values") else {}
+
+
 def _gradient_sync(model: nn.Module, final: bool) -> AbstractContextManager[None]:
-    """DDP averages gradients in the backward pass: only the last of an accumulation window needs to."""
+    """Gradients are averaged in the backward pass: only the last of an accumulation window needs to be."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(final)
+        return nullcontext()
     return nullcontext() if final or not hasattr(model, "no_sync") else model.no_sync()
 
 

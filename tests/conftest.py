@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+# Already here for the fixtures of modules, which are made before those of tests.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:

@@ -16,6 +16,9 @@ from PIL import Image
 
 import main as program
 from models import CONFIG_DIR
+from modes import training
+from utils.arguments import parse_args
+from utils.checkpoint import Checkpointer
 
 ROOT = CONFIG_DIR.parent
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
@@ -149,17 +152,17 @@ def test_eval_refuses_weights_whose_classifier_does_not_fit(trained):
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_by_bit(trained, monkeypatch):
-    evaluate = program.evaluate
+    evaluate = training.evaluate
 
     def fail_at_second_call(*args, **kwargs):
         if len(list(Path("out").rglob("epoch_0.pth"))):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(program, "evaluate", fail_at_second_call)
+    monkeypatch.setattr(training, "evaluate", fail_at_second_call)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(program, "evaluate", evaluate)
+    monkeypatch.setattr(training, "evaluate", evaluate)
     folder = run()
     log = (folder / "log_rank0.txt").read_text()
     assert "auto-resume" in log
@@ -172,17 +175,17 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_by_bit(trained, monk
 
 
 def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one_bit_by_bit(trained, monkeypatch):
-    save = program.Checkpointer.save
+    save = Checkpointer.save
 
     def die_after_save(self, progress, *args):
         save(self, progress, *args)
         if progress["step"] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(program.Checkpointer, "save", die_after_save)
+    monkeypatch.setattr(Checkpointer, "save", die_after_save)
     with pytest.raises(KeyboardInterrupt):
         run("--opts", "SAVE_STEPS", "3")
-    monkeypatch.setattr(program.Checkpointer, "save", save)
+    monkeypatch.setattr(Checkpointer, "save", save)
     folder = run("--opts", "SAVE_STEPS", "3")
     assert same(
         weights(folder / "checkpoints" / "last.pth"), weights(trained / "checkpoints" / "last.pth")
@@ -329,7 +332,7 @@ def test_published_data_gives_the_classes_that_its_models_have():
 
 def test_flags_that_were_not_given_override_nothing():
     """Trap: `--cache-mode` and `--output` have defaults that override YAML and --opts."""
-    _, _, flags = program.parse_args(["--cfg", "x.yaml"])
+    _, _, flags = parse_args(["--cfg", "x.yaml"])
     assert flags == {}
 
 

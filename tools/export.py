@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config import load_config, output_dir  # noqa: E402  found through the line above
-from main import build_placed, known_classes, load_weights, source_of  # noqa: E402
 from models import Backbone  # noqa: E402
 from models.folding import fold_batch_norms  # noqa: E402
 from models.layers.fourier import set_fourier_way  # noqa: E402
@@ -41,6 +40,7 @@ from models.layers.point_sampling import PointSampledAttention  # noqa: E402
 from models.layers.tokens import to_pair  # noqa: E402
 from models.layers.window import Windowed, WindowMlp  # noqa: E402
 from models.mixers.queries import KeptTokens  # noqa: E402
+from modes.build import build_placed, known_classes, load_weights, source_of  # noqa: E402
 
 FORMATS = {"onnx": ".onnx", "export": ".pt2", "torchscript": ".torchscript.pt"}
 TOLERANCE = 1e-4  # relative error of the logits

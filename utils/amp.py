@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .sharding import whole
+
 _LOG = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +105,7 @@ class Amp:
             parameters = self.apex.master_params(optimizer)
         with_grad = [p for p in parameters if p.grad is not None]
         self.scaler.unscale_(optimizer)
-        norm = get_total_norm([p.grad for p in with_grad])
+        norm = whole(get_total_norm([p.grad for p in with_grad]))  # FSDP: over all processes
         if clip_grad > 0:
             clip_grads_with_norm_(with_grad, clip_grad, norm)
         self.scaler.step(optimizer)

@@ -28,7 +28,12 @@ FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--eval", "EVAL_MODE", True, "evaluate --resume (or --pretrained) and stop"),
     ("--throughput", "THROUGHPUT_MODE", True, "time the model and stop"),
     ("--info", "INFO_MODE", True, "count parameters and GMACs and stop"),
+    ("--plan", "PLAN_MODE", True, "show what training would do and stop"),
     ("--optim", "TRAIN.OPTIMIZER.NAME", str, "optimizer"),
+    ("--attack-type", "TEST.ATTACK", ("fgsm", "pgd"), "--eval: score adversarial images too"),
+    ("--adv-eps", "TEST.ATTACK_EPS", float, "largest change of a pixel, in 1/255"),
+    ("--adv-steps", "TEST.ATTACK_STEPS", int, "steps of pgd"),
+    ("--adv-step-size", "TEST.ATTACK_STEP_SIZE", float, "change of a pixel per step, in 1/255"),
     ("--fused_window_process", "FUSED_WINDOW_PROCESS", True, "accepted, has no effect"),
     ("--fused_layernorm", "FUSED_LAYERNORM", True, "accepted, has no effect"),
 )

@@ -7,6 +7,7 @@ disk or a killed process leaves the previous file as it was.
 
 import argparse
 import hashlib
+import json
 import logging
 import math
 import os
@@ -61,7 +62,8 @@ def load_file(path: str | Path) -> Any:
     """Content of a checkpoint of MixLab or of the lineage, on the CPU, without running code from it.
 
     Allowed beside tensors and plain data is what published checkpoints hold: argparse.Namespace, yacs
-    CfgNode (it becomes a dict), NumPy numbers, and paths. `.safetensors` files are a dict of tensors.
+    CfgNode (it becomes a dict), NumPy numbers, and paths. `.safetensors` files are a dict of tensors, those
+    of `save_safetensors` one with the weights under `model` and the facts beside them.
 
     Raises:
         ValueError: there is no such file, it is damaged, or it holds anything else.
@@ -74,13 +76,7 @@ def load_file(path: str | Path) -> Any:
     if not start:
         raise ValueError(f"checkpoint {path} is empty")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file as load_safetensors
-
-        try:
-            return load_safetensors(path)
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+        return _load_safetensors(path)
     if not start.startswith((b"PK", b"\x80")):
         raise ValueError(
             f"{path} is no checkpoint: it is neither a .safetensors file nor what torch.save writes, a "
@@ -102,6 +98,58 @@ def load_file(path: str | Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError) as error:
         raise ValueError(f"checkpoint {path} is damaged or cut off: {error}") from error
+
+
+def save_safetensors(
+    path: str | Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights, and facts about them (plain data that JSON can say), as a `.safetensors` file.
+
+    Every name gets a tensor of its own, so that any reader finds it. Which names shared one is noted, and
+    `load_file` lets them share again.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    from safetensors.torch import save
+
+    first: dict[tuple[Any, ...], str] = {}
+    shared = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and first.setdefault(place, name) != name:
+            shared[name] = first[place]
+    metadata = {"format": "pt", _FACTS: json.dumps({**(facts or {}), _SHARED: shared})}
+    # Copies: views of one storage are refused, overlapping ones as well.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    content = save(copies, metadata)
+    _write_atomically(Path(path), lambda file: file.write(content))
+
+
+# Names in the header of a .safetensors file.
+_FACTS, _SHARED = "mixlab", "shared"
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+    if _FACTS not in metadata:
+        return weights
+    try:
+        facts = json.loads(metadata[_FACTS])
+        for name, like in facts.pop(_SHARED, {}).items():
+            weights[name] = weights[like]
+        return {**facts, "model": weights}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint {path} is damaged: its header '{_FACTS}' ({error})"
+        ) from error
 
 
 def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
@@ -296,6 +344,38 @@ def _existing(path: str) -> str:
     return path
 
 
+def check_classes(saved: Any, current: Sequence[str], path: str | Path) -> None:
+    """Compare the classes that weights were trained on with those that they will be used for.
+
+    A class that is named by its number has no known name and agrees with any. Other numbers of classes
+    are left to the classifier, which does not fit then.
+
+    Args:
+        saved: "classes" of a checkpoint; whatever is no list says nothing of them.
+        current: those of the data.
+
+    Raises:
+        ValueError: these are the same names in another order: labels would not mean the same.
+    """
+    if not isinstance(saved, list) or len(saved) != len(current):
+        return
+    differing = [
+        label
+        for label, (old, new) in enumerate(zip(saved, current, strict=True))
+        if old != new and str(label) not in (old, new)
+    ]
+    if not differing:
+        return
+    first = differing[0]
+    fault = (
+        f"{path} was trained on other classes than the data has: label {first} is '{saved[first]}' there "
+        f"and '{current[first]}' here ({len(differing)} of {len(current)} differ)"
+    )
+    if sorted(saved) == sorted(current):
+        raise ValueError(f"{fault}; these are the same classes in another order: number them alike")
+    _LOG.warning("%s; if they do not mean the same, so do the results not", fault)
+
+
 # -- the checkpoints of a run --------------------------------------------------------------------------
 
 
@@ -376,11 +456,13 @@ class Checkpointer:
                 "progress": dict(progress),
             }
         rng = distributed.all_gather_object(rng_state())
+        # On every process: a sharded part is put together by all of them.
+        states = {n: None if p is None else p.state_dict() for n, p in self.parts.items()}
         failure: Exception | None = None
         if distributed.is_main():
             state = {
                 "format": FORMAT,
-                **{n: None if p is None else p.state_dict() for n, p in self.parts.items()},
+                **states,
                 "progress": dict(progress),
                 "rng": rng,
                 "metrics": metrics,
@@ -410,6 +492,7 @@ class Checkpointer:
                 f"{path} is no training checkpoint of MixLab (format {FORMAT}): its weights alone load "
                 "with --pretrained"
             )
+        check_classes(state.get("classes"), self._run["classes"], path)
         for name, part in self.parts.items():
             saved = state.get(name)
             if part is None:

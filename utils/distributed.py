@@ -20,6 +20,19 @@ _LOG = logging.getLogger(__name__)
 # Slurm's reserved step numbers: the batch script, an interactive shell, the prolog's container.
 _NO_STEP = {"4294967290", "4294967291", "4294967292"}
 
+# Rank, processes, rank on the machine and processes there, as MPI launchers say it: Open MPI, and Hydra
+# (MPICH, Intel MPI, MVAPICH). Slurm's own PMI sets PMI_RANK too, but none of the last two.
+_MPI = (
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+_MPI_PORT = 29500  # torchrun's default
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -80,13 +93,17 @@ def init_distributed(device: str = "auto", local_rank_flag: int | None = None) -
 
 
 def read_launch(env: Mapping[str, str], local_rank_flag: int | None = None) -> Launch:
-    """Environment variables -> how this process was started: torchrun, Slurm, or by itself.
+    """Environment variables -> how this process was started: torchrun, mpirun, Slurm, or by itself.
 
-    torchrun's variables come first. Slurm's count only inside a job step: a shell of `salloc`, or a
-    batch script, sees SLURM_NTASKS too, and would wait for processes that nobody starts.
+    torchrun's variables come first, then those of mpirun, whose processes on a cluster see Slurm's variables
+    of the daemon that starts them. Slurm's count only inside a job step: a shell of `salloc`, or a batch
+    script, sees SLURM_NTASKS too, and would wait for processes that nobody starts.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         return _torchrun(env, local_rank_flag)
+    for names in _MPI:
+        if all(name in env for name in names) and _integer(env, names[1], 1) > 1:
+            return _mpirun(env, *names)
     tasks = _integer(env, "SLURM_STEP_NUM_TASKS", _integer(env, "SLURM_NTASKS", 1))
     if tasks > 1:
         if env.get("SLURM_STEP_ID", "4294967291") not in _NO_STEP and "SLURM_PROCID" in env:
@@ -121,6 +138,26 @@ def _torchrun(env: Mapping[str, str], local_rank_flag: int | None) -> Launch:
         raise ValueError(f"RANK={rank} must be in range(WORLD_SIZE={world_size})")
     local_rank = _integer(env, "LOCAL_RANK", local_rank_flag or 0)
     return Launch("torchrun", rank, world_size, local_rank)
+
+
+def _mpirun(
+    env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str
+) -> Launch:
+    """What the variables of these names say; MPI tells nobody on which machine rank 0 runs."""
+    tasks = _integer(env, size, 1)
+    address = env.get("MASTER_ADDR")
+    if not address and _integer(env, local_size, 1) < tasks:
+        raise ValueError(
+            f"{size}={tasks}, of which {env[local_size]} run here, but MASTER_ADDR is not set: pass the "
+            "first machine's name on, with mpirun -x MASTER_ADDR=NAME (MPICH: -genv MASTER_ADDR NAME)"
+        )
+    return Launch(
+        "mpirun",
+        rank=_integer(env, rank, 0),
+        world_size=tasks,
+        local_rank=_integer(env, local_rank, 0),
+        init_method=f"tcp://{address or '127.0.0.1'}:{_integer(env, 'MASTER_PORT', _MPI_PORT)}",
+    )
 
 
 def _slurm(env: Mapping[str, str], tasks: int) -> Launch:

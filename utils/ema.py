@@ -18,6 +18,7 @@ class ModelEma:
         warmup: shorter memory at first, `1 - step^(-2/3)` until that exceeds `decay`; the first step
             then copies the model.
         device: where the average lives; None is where the model does.
+        foreach: update all tensors in one call, which refuses a mixture of sharded ones and others.
 
     Attributes:
         module: the averaged model, in eval mode: evaluate it, its state dict is the checkpoint's.
@@ -29,11 +30,14 @@ class ModelEma:
         decay: float = 0.9999,
         warmup: bool = False,
         device: torch.device | None = None,
+        foreach: bool = True,
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"TRAIN.EMA.DECAY={decay} must be in [0, 1): 1 would never learn")
         self.warmup = warmup
-        self._average = ModelEmaV3(unwrap(model), decay=decay, use_warmup=warmup, device=device)
+        self._average = ModelEmaV3(
+            unwrap(model), decay=decay, use_warmup=warmup, device=device, foreach=foreach
+        )
         self.module = self._average.module.requires_grad_(False)
 
     def update(self, model: nn.Module, step: int) -> None:

@@ -1,9 +1,7 @@
 """Wrappers around a model, `DistributedDataParallel` and `torch.compile`, and what lies inside them."""
 
-import torch
 import torch.distributed as dist
 from torch import nn
-from yacs.config import CfgNode
 
 from .distributed import get_world_size
 
@@ -11,11 +9,6 @@ from .distributed import get_world_size
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-
-
-def compiled(config: CfgNode, model: nn.Module) -> nn.Module:
-    """The model, compiled if COMPILE says so."""
-    return torch.compile(model, mode=config.COMPILE_MODE) if config.COMPILE else model
 
 
 def unwrap(model: nn.Module) -> nn.Module:

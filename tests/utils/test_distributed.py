@@ -32,7 +32,7 @@ SRUN = {
 
 def test_plain_python_is_one_process_without_a_group(monkeypatch):
     """Trap 2: no single-GPU, CPU or Windows run; DHVT's get_rank() without a process group."""
-    for name in (*TORCHRUN, *SRUN):
+    for name in (*TORCHRUN, *SRUN, *OPEN_MPI, *HYDRA):
         monkeypatch.delenv(name, raising=False)
     runtime = init_distributed("cpu")
     assert (runtime.rank, runtime.world_size, runtime.is_main) == (0, 1, True)
@@ -83,6 +83,39 @@ def test_variables_that_are_no_numbers_or_out_of_range_are_named():
         read_launch(TORCHRUN | {"WORLD_SIZE": "two"})
     with pytest.raises(ValueError, match="RANK=2 must be in range"):
         read_launch(TORCHRUN | {"RANK": "2"})
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+
+
+@pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["open-mpi", "hydra"])
+def test_processes_of_mpirun_meet_where_they_are_told(env):
+    launch = read_launch(env | {"MASTER_ADDR": "head", "MASTER_PORT": "4000"})
+    assert launch == Launch("mpirun", 5, 8, 1, "tcp://head:4000")
+    assert read_launch(env | {"MASTER_ADDR": "head"}).init_method == "tcp://head:29500"
+    with pytest.raises(ValueError, match=r"4 run here, but MASTER_ADDR is not set: .*mpirun -x"):
+        read_launch(env)
+    size, local = list(env)[1], list(env)[3]
+    assert read_launch(env | {local: "8"}).init_method == "tcp://127.0.0.1:29500", "one machine"
+    assert read_launch(env | {size: "1"}) == Launch("none")
+    with pytest.raises(ValueError, match=f"{local}='many' must be an integer"):
+        read_launch(env | {local: "many"})
+
+
+def test_mpirun_within_a_slurm_job_is_no_slurm_step():
+    """Its processes see the variables of the daemon that Slurm started, one per machine."""
+    daemon = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    for env in (OPEN_MPI, HYDRA):
+        launch = read_launch(daemon | env | {"MASTER_ADDR": "head"})
+        assert (launch.launcher, launch.rank, launch.world_size) == ("mpirun", 5, 8)
+    assert read_launch(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}).launcher == "slurm", "srun's PMI"
+    assert read_launch(OPEN_MPI | TORCHRUN).launcher == "torchrun"
 
 
 def test_a_slurm_step_meets_at_the_first_node():
