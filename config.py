@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 import models  # noqa: F401  importing it registers every architecture
 from models import registry
 from models.layers.tokens import to_pair
+from utils.sharding import check_sharding
 from utils.spelling import nearest
 from utils.wrappers import COMPILE_MODES
 
@@ -40,6 +41,11 @@ _C.DATA.ZIP_MODE = False  # read {train,val}.zip with {train,val}_map.txt instea
 _C.DATA.CACHE_MODE = "part"  # zip in memory: no | full | part (each process keeps its own share)
 _C.DATA.PIN_MEMORY = True  # page-locked batches, where there is a GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process
+_C.DATA.DECODER = (
+    "pil"  # pil | cv2 | simplejpeg (pip install simplejpeg): JPEGs faster, equal within rounding
+)
+_C.DATA.DECODE_MIN_SIDE = 0  # > 0: decode JPEGs at 1/2, 1/4, ..., no side below this; inexact, fast
+_C.DATA.ON_DEVICE = False  # small datasets (cifar10, digits): all images on the device, no workers
 _C.DATA.ON_ERROR = "raise"  # unreadable image: raise | skip (logged and counted)
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of values in [0, 1]; one entry stands for all
 _C.DATA.STD = [0.229, 0.224, 0.225]
@@ -47,6 +53,29 @@ _C.DATA.SYNTHETIC = CfgNode()  # DATASET: synthetic, random images for smoke run
 _C.DATA.SYNTHETIC.TRAIN_SIZE = 256  # images
 _C.DATA.SYNTHETIC.VAL_SIZE = 64
 _C.DATA.SYNTHETIC.NUM_CLASSES = 10
+_C.DATA.LISTS = (
+    CfgNode()
+)  # DATASET: lists, text files of `path label`; docs/data.md has all formats
+_C.DATA.LISTS.TRAIN = []  # list files, one or several jointly, relative to DATA_PATH
+_C.DATA.LISTS.VAL = []
+_C.DATA.LISTS.IMAGES = ""  # folder that the listed paths are relative to, below DATA_PATH
+_C.DATA.LISTS.CLASSES = ""  # file with a class name per line; '': classes.txt, or named by folders
+_C.DATA.DOMAINNET = CfgNode()  # DATASET: domainnet or pacs
+_C.DATA.DOMAINNET.DOMAINS = []  # one domain, or several jointly; []: all of them
+_C.DATA.INAT = CfgNode()  # DATASET: inat2018 or inat2019
+_C.DATA.INAT.CATEGORY = (
+    "name"  # kingdom | phylum | class | order | supercategory | family | genus | name
+)
+_C.DATA.WEBDATASET = CfgNode()  # DATASET: webdataset
+_C.DATA.WEBDATASET.TRAIN = (
+    ""  # shards below DATA_PATH, train-{000..146}.tar; '': by the split's name
+)
+_C.DATA.WEBDATASET.VAL = ""
+_C.DATA.PARQUET = CfgNode()  # DATASET: parquet, as on the Hugging Face Hub
+_C.DATA.PARQUET.TRAIN = ""  # files below DATA_PATH, data/train-*.parquet; '': by the split's name
+_C.DATA.PARQUET.VAL = ""
+_C.DATA.PARQUET.IMAGE = "image"  # columns
+_C.DATA.PARQUET.LABEL = "label"
 
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"  # architecture: a registered name, without regard to case
@@ -68,15 +97,23 @@ _C.TRAIN.MAX_STEPS = 0  # > 0: train this many optimizer steps instead of EPOCHS
 _C.TRAIN.WARMUP_EPOCHS = 20
 _C.TRAIN.WARMUP_STEPS = 0  # > 0: instead of WARMUP_EPOCHS
 _C.TRAIN.WEIGHT_DECAY = 0.05
+_C.TRAIN.WEIGHT_DECAY_END = None  # cosine from WEIGHT_DECAY to it over the run; None: constant
+_C.TRAIN.NO_WEIGHT_DECAY = []  # names or patterns of parameters, beyond the model's own: ["*.router.*"]
 _C.TRAIN.BASE_LR = 5e-4  # for 512 images per step, see LR_SCALING
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
-_C.TRAIN.LR_SCALING = "linear"  # linear: x (images per step) / 512 | none: BASE_LR is used as it is
+_C.TRAIN.LR_SCALING = "linear"  # linear: x (images per step) / 512 | base: BASE_LR only | none
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 is off
 _C.TRAIN.AUTO_RESUME = True  # continue from the output folder's last.pth, if there is one
 _C.TRAIN.ACCUMULATION_STEPS = 1  # forward passes per optimizer step; 0 means 1, as in DFvT
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass
 _C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per depth below the head
+_C.TRAIN.LR_MULTIPLIERS = []  # "name=factor" on the learning rate, beyond the model's own: ["head=10"]
+_C.TRAIN.LOSS = "cross_entropy"  # of the labels: cross_entropy | bce (binary, for each class)
+_C.TRAIN.BCE_THRESHOLD = None  # bce: mixed targets above it become 1, the others 0; None: soft
+_C.TRAIN.BCE_SUM = False  # bce: sum over the classes instead of their mean
+_C.TRAIN.FREEZE = []  # prefixes of parameters that are not trained; backbone: all but the classifier
+_C.TRAIN.FREEZE_DEPTH = 0  # the same for so many depths (those of LAYER_DECAY), from the stem on
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step | multistep | poly
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between decays
@@ -96,18 +133,41 @@ _C.TRAIN.EMA = CfgNode()  # moving average of the weights, evaluated and saved b
 _C.TRAIN.EMA.ENABLE = False
 _C.TRAIN.EMA.DECAY = 0.9999
 _C.TRAIN.EMA.WARMUP = False  # start with a shorter memory
+_C.TRAIN.EMA.EVALUATE = True  # False: kept in checkpoints, and the trained weights scored
 _C.TRAIN.SYNC_BN = False  # batch statistics over all processes
+_C.TRAIN.FSDP = (
+    False  # spread weights, gradients and optimizer over the processes; files as without
+)
+
+_C.TRAIN.DISTILLATION = CfgNode()  # DeiT's, for students with a distillation head
+_C.TRAIN.DISTILLATION.TYPE = "none"  # none | hard: the teacher's decisions | soft: its distribution
+_C.TRAIN.DISTILLATION.TEACHER = ""  # variant, YAML file, or timm:NAME; gets the student's images
+_C.TRAIN.DISTILLATION.TEACHER_WEIGHTS = ""  # its checkpoint; timm's may do without
+_C.TRAIN.DISTILLATION.TEACHER_SIZE = 0  # > 0: pixels that images are resized to for the teacher
+_C.TRAIN.DISTILLATION.ALPHA = 0.5  # weight of the teacher; the labels have 1 - ALPHA
+_C.TRAIN.DISTILLATION.TAU = 1.0  # temperature of soft targets
+_C.TRAIN.TOKEN_LABELS = CfgNode()  # LV-ViT's, for models with an auxiliary head
+_C.TRAIN.TOKEN_LABELS.ENABLE = False
+_C.TRAIN.TOKEN_LABELS.TEACHER = ""  # as in DISTILLATION; names a class for each position
+_C.TRAIN.TOKEN_LABELS.TEACHER_WEIGHTS = ""
+_C.TRAIN.TOKEN_LABELS.TEACHER_SIZE = 0
+_C.TRAIN.TOKEN_LABELS.WEIGHT = 0.5  # of the loss of the positions
+_C.TRAIN.TOKEN_LABELS.MIX_ALPHA = 1.0  # MixToken's Beta distribution, instead of AUG's; 0 is off
 
 _C.AUG = CfgNode()
-_C.AUG.COLOR_JITTER = 0.4  # 0 is off; AUTO_AUGMENT takes its place where both are on
-_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # timm's policy string; none is off
+_C.AUG.COLOR_JITTER = 0.4  # 0 is off; AUTO_AUGMENT takes its place where both are on, except 3a
+# timm's policy string: rand-m9-mstd0.5-inc1 (RandAugment), original (AutoAugment), 3a (3-Augment of
+# DeiT III), augmix-m3-w3 (AugMix) and others; none is off.
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 _C.AUG.REPROB = 0.25  # probability of random erasing
 _C.AUG.REMODE = "pixel"  # pixel | const | rand
 _C.AUG.RECOUNT = 1
 _C.AUG.HFLIP = 0.5  # probability
 _C.AUG.VFLIP = 0.0
-# Random resized crop, share of the area and width / height. Images of at most 32 pixels are padded and
-# shifted instead, and these two ignored; [1, 1] as SCALE is no crop at any size.
+# resized (random resized crop; images of at most 32 pixels are padded by an eighth and shifted instead) |
+# simple (DeiT III: resized to cover the size, padded by 4 mirrored pixels, a window of it).
+_C.AUG.CROP = "resized"
+# Of the resized crop, share of the area and width / height; [1, 1] as SCALE is no crop at any size.
 _C.AUG.SCALE = [0.08, 1.0]
 _C.AUG.RATIO = [0.75, 1.3333333333333333]
 _C.AUG.REPEATED_AUG = False  # each drawn image three times, differently augmented
@@ -119,7 +179,22 @@ _C.AUG.MIXUP_SWITCH_PROB = 0.5
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
 
 _C.TEST = CfgNode()
-_C.TEST.CROP = True  # resize to 256/224 of the size, then crop the centre; else resize to the size
+_C.TEST.CROP = True  # resize beyond the size, then crop the centre; else resize to the size
+_C.TEST.CROP_RATIO = (
+    0.875  # size / side that is cropped from, 224 / 256; images beyond 32 pixels only
+)
+_C.TEST.CROP_MODE = (
+    "center"  # center: cover that side | squash: both sides to it | border: fit into it
+)
+# The rest of TEST is for --eval, see docs/evaluation.md.
+_C.TEST.SETS = ["val"]  # what is scored: val, and evaluation sets as NAME=PATH
+_C.TEST.TTA = "none"  # views whose probabilities are averaged: none | flip | five | ten (crops)
+_C.TEST.ATTACK = "none"  # adversarial images, scored too: none | fgsm | pgd
+_C.TEST.ATTACK_EPS = 1.0  # largest change of a pixel, in 1/255 of its range
+_C.TEST.ATTACK_STEPS = 5  # pgd
+_C.TEST.ATTACK_STEP_SIZE = 0.5  # pgd: change per step, in 1/255
+_C.TEST.PREDICTIONS = ""  # a .csv or .parquet file of predictions per image, in the run's folder
+_C.TEST.REPORT = False  # accuracy per class, confusion matrix, calibration error
 
 _C.AMP_ENABLE = True  # the one switch of mixed precision
 _C.AMP_DTYPE = "auto"  # auto: bf16 (else fp16) on a GPU, float32 on the CPU | bf16 | fp16
@@ -140,6 +215,13 @@ _C.SEED = 0
 _C.EVAL_MODE = False
 _C.THROUGHPUT_MODE = False
 _C.INFO_MODE = False
+_C.PLAN_MODE = False
+_C.PLAN = CfgNode()  # what --plan takes for granted where it is not at hand
+_C.PLAN.WORLD_SIZE = 0  # processes; 0, or several at hand: as many as were started
+_C.PLAN.TRAIN_SIZE = 0  # training images; 0: those of the data, or of the data set of that name
+
+# The keys that ask for something else than training.
+MODE_KEYS = ("EVAL_MODE", "THROUGHPUT_MODE", "INFO_MODE", "PLAN_MODE")
 
 for _entry in registry.entries():
     _C.MODEL[_entry.node] = CfgNode(
@@ -152,10 +234,18 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "DATA.IMG_SIZE": (int, list),
     "MODEL.NUM_CLASSES": (int, type(None)),
     "TRAIN.WARMUP_EPOCHS": (int, float),
+    "TRAIN.WEIGHT_DECAY_END": (float, type(None)),
+    "TRAIN.BCE_THRESHOLD": (float, type(None)),
     "AUG.CUTMIX_MINMAX": (list, type(None)),
 }
 _ELEMENTS: dict[str, tuple[type, ...]] = {
+    "DATA.LISTS.TRAIN": (str,),
+    "DATA.LISTS.VAL": (str,),
+    "DATA.DOMAINNET.DOMAINS": (str,),
     "DATA.IMG_SIZE": (int,),
+    "TRAIN.FREEZE": (str,),
+    "TRAIN.LR_MULTIPLIERS": (str,),
+    "TRAIN.NO_WEIGHT_DECAY": (str,),
     "TRAIN.LR_SCHEDULER.MULTISTEPS": (int, float),
     "AUG.CUTMIX_MINMAX": (float,),
 }
@@ -168,11 +258,28 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "TASK": ("classification",),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "DATA.INAT.CATEGORY": (
+        "kingdom",
+        "phylum",
+        "class",
+        "order",
+        "supercategory",
+        "family",
+        "genus",
+        "name",
+    ),
     "DATA.ON_ERROR": ("raise", "skip"),
-    "TRAIN.LR_SCALING": ("linear", "none"),
+    "DATA.DECODER": ("pil", "cv2", "simplejpeg"),
+    "TRAIN.LOSS": ("cross_entropy", "bce"),
+    "TRAIN.DISTILLATION.TYPE": ("none", "soft", "hard"),
+    "TRAIN.LR_SCALING": ("linear", "base", "none"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep", "poly"),
+    "AUG.CROP": ("resized", "simple"),
     "AUG.REMODE": ("pixel", "const", "rand"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "TEST.CROP_MODE": ("center", "squash", "border"),
+    "TEST.TTA": ("none", "flip", "five", "ten"),
+    "TEST.ATTACK": ("none", "fgsm", "pgd"),
     "AMP_DTYPE": ("auto", "bf16", "fp16"),
     "COMPILE_MODE": COMPILE_MODES,
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
@@ -186,6 +293,7 @@ _RANGES: dict[str, str] = {
     "DATA.BATCH_SIZE": "[1, inf)",
     "DATA.IMG_SIZE": "[1, inf)",
     "DATA.NUM_WORKERS": "[0, inf)",
+    "DATA.DECODE_MIN_SIDE": "[0, inf)",
     "DATA.MEAN": "[0, 1]",
     "DATA.STD": "(0, inf)",
     "DATA.SYNTHETIC.TRAIN_SIZE": "[1, inf)",
@@ -202,12 +310,21 @@ _RANGES: dict[str, str] = {
     "TRAIN.WARMUP_EPOCHS": "[0, inf)",
     "TRAIN.WARMUP_STEPS": "[0, inf)",
     "TRAIN.WEIGHT_DECAY": "[0, inf)",
+    "TRAIN.WEIGHT_DECAY_END": "[0, inf)",
     "TRAIN.BASE_LR": "[0, inf)",
     "TRAIN.WARMUP_LR": "[0, inf)",
     "TRAIN.MIN_LR": "[0, inf)",
     "TRAIN.CLIP_GRAD": "[0, inf)",
     "TRAIN.ACCUMULATION_STEPS": "[0, inf)",
     "TRAIN.LAYER_DECAY": "(0, 1]",
+    "TRAIN.BCE_THRESHOLD": "[0, 1)",
+    "TRAIN.DISTILLATION.TEACHER_SIZE": "[0, inf)",
+    "TRAIN.DISTILLATION.ALPHA": "[0, 1]",
+    "TRAIN.DISTILLATION.TAU": "(0, inf)",
+    "TRAIN.TOKEN_LABELS.TEACHER_SIZE": "[0, inf)",
+    "TRAIN.TOKEN_LABELS.WEIGHT": "[0, inf)",
+    "TRAIN.TOKEN_LABELS.MIX_ALPHA": "[0, inf)",
+    "TRAIN.FREEZE_DEPTH": "[0, inf)",
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": "[1, inf)",
     "TRAIN.LR_SCHEDULER.DECAY_RATE": "(0, 1]",
     "TRAIN.LR_SCHEDULER.GAMMA": "(0, 1]",
@@ -229,12 +346,18 @@ _RANGES: dict[str, str] = {
     "AUG.CUTMIX_MINMAX": "[0, 1]",
     "AUG.MIXUP_PROB": "[0, 1]",
     "AUG.MIXUP_SWITCH_PROB": "[0, 1]",
+    "TEST.CROP_RATIO": "(0, 1]",
+    "TEST.ATTACK_EPS": "[0, 255]",
+    "TEST.ATTACK_STEPS": "[1, inf)",
+    "TEST.ATTACK_STEP_SIZE": "[0, 255]",
     "EVAL_FREQ": "[1, inf)",
     "SAVE_FREQ": "[1, inf)",
     "SAVE_KEEP": "[0, inf)",
     "SAVE_STEPS": "[0, inf)",
     "PRINT_FREQ": "[1, inf)",
     "SEED": "[0, inf)",
+    "PLAN.WORLD_SIZE": "[0, inf)",
+    "PLAN.TRAIN_SIZE": "[0, inf)",
 }
 # Blocks of a stage, or of the whole model: none is no stage. All other ranges are the constructors' own.
 for _entry in registry.entries():
@@ -337,13 +460,15 @@ def validate(config: CfgNode) -> None:
         limits = _get(config, key)
         if limits is not None and (len(limits) != 2 or limits[0] > limits[1]):
             raise ValueError(f"{key}={limits!r} must be [smallest, largest]")
-    modes = [key for key in ("EVAL_MODE", "THROUGHPUT_MODE", "INFO_MODE") if config[key]]
+    modes = [key for key in MODE_KEYS if config[key]]
     if len(modes) > 1:
         raise ValueError(f"{' and '.join(modes)} exclude each other: set one")
     if config.TRAIN.LR_SCHEDULER.NAME == "multistep" and not config.TRAIN.LR_SCHEDULER.MULTISTEPS:
         raise ValueError(
             "TRAIN.LR_SCHEDULER.NAME='multistep' needs epochs in LR_SCHEDULER.MULTISTEPS"
         )
+    if config.TRAIN.FSDP:
+        check_sharding(config.TRAIN.OPTIMIZER.NAME, config.COMPILE, config.AMP_OPT_LEVEL)
     if config.AMP_OPT_LEVEL in ("O1", "O2") and config.AMP_DTYPE == "bf16":
         raise ValueError("AMP_DTYPE='bf16' excludes AMP_OPT_LEVEL: Apex O1 and O2 work in fp16")
 

@@ -1,0 +1,146 @@
+"""What a run is made of, built from the config: models on their devices, weights, averages."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from config import output_dir
+from data import dataset_num_classes, published_num_classes
+from logger import create_logger
+from models import Backbone, build_model
+from models.pretrained import has_averaged_weights, load_pretrained
+from utils.amp import Amp
+from utils.checkpoint import Source, check_classes, choose_source, fetch, load_file
+from utils.distributed import Runtime
+from utils.ema import ModelEma
+from utils.seeding import seed_everything, set_deterministic
+
+_LOG = logging.getLogger(__name__)
+
+
+def set_up(config: CfgNode, runtime: Runtime) -> Amp:
+    """Logger, seeds and numerics of this process, before anything is built."""
+    create_logger(output_dir(config), runtime.rank, config.MODEL.NAME)
+    seed_everything(config.SEED)  # the same on all processes, for the same initial weights
+    set_deterministic(config.DETERMINISTIC)
+    return Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
+
+
+def build_placed(config: CfgNode, num_classes: int | None, device: torch.device) -> Backbone:
+    """The model on its device, in its memory layout; None classes keeps the config's number."""
+    overrides = {} if num_classes is None else dict(num_classes=num_classes)
+    layout = torch.channels_last if config.CHANNELS_LAST else torch.preserve_format
+    return build_model(config, **overrides).to(device, memory_format=layout)
+
+
+def wrap(config: CfgNode, model: nn.Module, runtime: Runtime) -> nn.Module:
+    """The model as the training loop calls it: gradients averaged over processes, compiled."""
+    if runtime.world_size > 1 and not config.TRAIN.FSDP:
+        devices = [runtime.device.index] if runtime.device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    return compiled(config, model)
+
+
+def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> Backbone:
+    """The model with batch statistics over all processes, if TRAIN.SYNC_BN asks for it."""
+    if not config.TRAIN.SYNC_BN or runtime.world_size == 1:
+        return model
+    if runtime.device.type != "cuda":
+        _LOG.warning("TRAIN.SYNC_BN is left out: PyTorch synchronises batch norm on GPUs only")
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def freeze(config: CfgNode, model: Backbone) -> None:
+    """Take out of training what TRAIN.FREEZE and TRAIN.FREEZE_DEPTH name."""
+    frozen = model.freeze(config.TRAIN.FREEZE, config.TRAIN.FREEZE_DEPTH)
+    if frozen:
+        total = sum(1 for _ in model.parameters())
+        _LOG.info(
+            "frozen: %d of %d parameters, %s ... %s", len(frozen), total, frozen[0], frozen[-1]
+        )
+
+
+def is_sharded(config: CfgNode, runtime: Runtime) -> bool:
+    """Whether TRAIN.FSDP spreads the model over the processes; one process has nobody to share with."""
+    if config.TRAIN.FSDP and runtime.world_size == 1:
+        _LOG.warning("TRAIN.FSDP is left out: there is one process, so there is nothing to share")
+    return config.TRAIN.FSDP and runtime.world_size > 1
+
+
+def average_of(config: CfgNode, model: nn.Module, foreach: bool = True) -> ModelEma | None:
+    """The moving average of the model, if TRAIN.EMA.ENABLE asks for one."""
+    keys = config.TRAIN.EMA
+    return ModelEma(model, keys.DECAY, keys.WARMUP, foreach=foreach) if keys.ENABLE else None
+
+
+def hyper_parameters(config: CfgNode, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the config says of each parameter group, and no schedule changes, as it does the rate."""
+    names = ["betas", "eps", "momentum"]
+    if config.TRAIN.WEIGHT_DECAY_END is None:
+        names.append("weight_decay")
+    return [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+
+
+def load_weights(
+    config: CfgNode, model: nn.Module, source: Source, classes: Sequence[str] = ()
+) -> None:
+    """Weights of a file of ours or an official one; only a fresh run may replace the classifier.
+
+    Args:
+        classes: of the data, where they must be those that the weights were trained on.
+    """
+    content = load_file(fetch(source.path))
+    fresh = source.kind == "pretrained"
+    if not fresh and isinstance(content, dict):
+        check_classes(content.get("classes"), classes, source.path)
+    scored = config.TRAIN.EMA.ENABLE and config.TRAIN.EMA.EVALUATE
+    averaged = config.MODEL.PRETRAINED_EMA or (scored and not fresh)
+    if averaged and not has_averaged_weights(content):
+        _LOG.warning("%s has no averaged weights: taking the plain ones", source.path)
+        averaged = False
+    load_pretrained(
+        model,
+        content,
+        name=source.path,
+        allow_partial=config.MODEL.PRETRAINED_PARTIAL,
+        use_ema=averaged,
+        new_head=fresh,
+    )
+
+
+def find_source(config: CfgNode, mode: str, last: Path) -> Source:
+    """Where weights come from; ValueError if they are not there."""
+    return choose_source(
+        mode,
+        last,
+        resume=config.MODEL.RESUME,
+        pretrained=config.MODEL.PRETRAINED,
+        auto_resume=config.TRAIN.AUTO_RESUME,
+    )
+
+
+def source_of(config: CfgNode, mode: str, last: Path) -> Source:
+    """Where weights come from, said in one log line."""
+    source = find_source(config, mode, last)
+    _LOG.info("weights: %s", source.reason)
+    return source
+
+
+def known_classes(config: CfgNode) -> int | None:
+    """Classes of the data, at hand or by its name; None leaves the config's number, or 1000."""
+    try:
+        return dataset_num_classes(config)
+    except FileNotFoundError:
+        configured = config.MODEL.NUM_CLASSES is not None
+        return None if configured else published_num_classes(config.DATA.DATASET)
+
+
+def compiled(config: CfgNode, model: nn.Module) -> nn.Module:
+    """The model, compiled if COMPILE says so."""
+    return torch.compile(model, mode=config.COMPILE_MODE) if config.COMPILE else model

@@ -1,0 +1,49 @@
+"""What can be known to be wrong before a run writes anything."""
+
+import torch
+from yacs.config import CfgNode
+
+from config import MODE_KEYS, output_dir
+from data import check_data, check_evaluation
+from optimizer import build_optimizer
+from tasks import build_task
+from tasks.classification_report import check_predictions_file
+from utils.amp import Amp
+from utils.distributed import Runtime
+
+from .build import build_placed, find_source, freeze, known_classes
+from .planning import make_plan
+
+
+def check(config: CfgNode, runtime: Runtime) -> None:
+    """Stop a run that cannot succeed before it writes anything.
+
+    The model is built without memory behind it; no image and no weights are read, and the images of
+    folders, which take long to list, are left to the run.
+
+    Raises:
+        ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
+            cannot train, or missing weights.
+        FileNotFoundError: the data is not there.
+    """
+    Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
+    mode = next((key for key in MODE_KEYS if config[key]), "train")
+    if mode in ("train", "EVAL_MODE"):
+        classes = check_data(config) if mode == "train" else check_evaluation(config)
+        task = build_task(config, classes)
+    else:
+        classes = known_classes(config)
+    if mode == "PLAN_MODE":
+        make_plan(config, runtime)
+        return
+    with torch.device("meta"):
+        model = build_placed(config, classes, torch.device("meta"))
+    if mode == "train":
+        task.check(model)
+        freeze(config, model)
+        build_optimizer(config, model, runtime.world_size)
+    if mode == "EVAL_MODE" and config.TEST.PREDICTIONS:
+        check_predictions_file(config.TEST.PREDICTIONS)
+    # Timing and counting take weights if they are given, and need none.
+    kind = {"train": "train", "EVAL_MODE": "eval"}.get(mode, "throughput")
+    find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")

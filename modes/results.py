@@ -1,0 +1,81 @@
+"""What modes report besides the scores: costs, speed, files."""
+
+import datetime
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from data import build_loader
+from engine import measure_throughput
+from models.folding import fold_batch_norms
+from models.layers.tokens import to_pair
+from utils.amp import Amp
+from utils.complexity import Complexity, count
+from utils.distributed import Runtime, all_reduce_sum
+
+from .build import compiled
+
+_LOG = logging.getLogger(__name__)
+
+
+def write_json(path: Path, content: dict[str, Any], runtime: Runtime) -> None:
+    """One result file of a run, written by the first process."""
+    if runtime.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def count_model(
+    config: CfgNode, model: nn.Module, images: torch.Tensor | None = None
+) -> Complexity:
+    """Costs of one image at the config's size; the mean over `images` (B, C, H, W) if given."""
+    if images is not None:
+        _LOG.info("counting the mean over %d validation images", len(images))
+        return count(model, images).per_image()
+    return count(model, (config.MODEL.IN_CHANS, *to_pair(config.DATA.IMG_SIZE)))
+
+
+def some_images(config: CfgNode) -> torch.Tensor | None:
+    """A batch of validation images (B, C, H, W), if there is a dataset."""
+    try:
+        return next(iter(build_loader(config, "val")))[0]
+    except FileNotFoundError:
+        return None
+
+
+def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Throughput and latency of a deployed copy, with what they depend on."""
+    model = fold_batch_norms(model)
+    timed = measure_throughput(
+        compiled(config, model),
+        batch_size=config.DATA.BATCH_SIZE,
+        image_size=to_pair(config.DATA.IMG_SIZE),
+        in_chans=config.MODEL.IN_CHANS,
+        device=device,
+        amp=amp,
+        channels_last=config.CHANNELS_LAST,
+    )
+    return dict(
+        model=config.MODEL.NAME,
+        compile=config.COMPILE,
+        compile_mode=config.COMPILE_MODE if config.COMPILE else None,
+        **timed,
+    )
+
+
+def report_skipped(loaders: Sequence[Any]) -> int:
+    """How many unreadable images DATA.ON_ERROR skip has left out, on all processes."""
+    skipped = int(all_reduce_sum(torch.tensor(sum(loader.skipped for loader in loaders))))
+    if skipped:
+        _LOG.warning("%d unreadable images were skipped so far", skipped)
+    return skipped
+
+
+def duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=int(seconds)))

@@ -1,0 +1,233 @@
+"""Training, and what is written about it."""
+
+import logging
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from config import dump, output_dir
+from data import build_data
+from engine import evaluate, train_epoch
+from logger import MetricsWriter
+from lr_scheduler import build_scheduler
+from models.layers.tokens import to_pair
+from optimizer import build_optimizer
+from tasks import build_task
+from utils.checkpoint import Checkpointer, fetch
+from utils.distributed import Runtime
+from utils.plotting import plot_training
+from utils.seeding import seed_everything
+from utils.sharding import Gathered, WholeCopy, shard
+
+from .build import (
+    average_of,
+    build_placed,
+    freeze,
+    hyper_parameters,
+    is_sharded,
+    load_weights,
+    set_up,
+    source_of,
+    synchronise_batch_norm,
+    wrap,
+)
+from .results import count_model, duration, report_skipped, time_model, write_json
+
+_LOG = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """Everything that one training run is made of, built from the config; `run` trains it to the end."""
+
+    def __init__(self, config: CfgNode, runtime: Runtime) -> None:
+        self.config, self.runtime, self.folder = config, runtime, output_dir(config)
+        self.amp = set_up(config, runtime)
+        self.data = build_data(
+            config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
+        )
+        self.task = build_task(config, self.data.num_classes, runtime.device)
+        sharded = is_sharded(config, runtime)
+        device = (
+            torch.device("cpu") if sharded else runtime.device
+        )  # a sharded one is moved in parts
+        model = build_placed(config, self.data.num_classes, device)
+        self.source = source_of(config, "train", self.folder / "checkpoints" / "last.pth")
+        if self.source.kind == "pretrained":
+            load_weights(config, model, self.source)
+        # Until here all processes drew the same numbers, so that averages start from the same weights.
+        seed_everything(config.SEED, runtime.rank)
+        model = synchronise_batch_norm(config, model, runtime)
+        freeze(config, model)
+        model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+        self.copy = WholeCopy(model) if sharded else None
+        if sharded:  # copies can only be made of a whole model
+            self.ema = average_of(config, model, foreach=False)
+            for part in [model, *([self.ema.module] if self.ema else [])]:
+                shard(part, runtime.device)
+        optimizer = build_optimizer(config, model, runtime.world_size)
+        self.model, self.optimizer = self.amp.prepare(model, optimizer)
+        if not sharded:
+            self.ema = average_of(config, model)
+        averaged = self.ema is not None and config.TRAIN.EMA.EVALUATE
+        self.scored = self.ema.module if averaged else self.model
+        self.window = max(config.TRAIN.ACCUMULATION_STEPS, 1)
+        self.schedule = build_scheduler(
+            config, self.optimizer, math.ceil(len(self.data.train) / self.window)
+        )
+        self.epochs = math.ceil(self.schedule.total_steps / self.schedule.steps_per_epoch)
+        self.checkpointer = Checkpointer(
+            self.folder / "checkpoints",
+            dict(
+                model=Gathered(self.model) if sharded else self.model,
+                ema=Gathered(self.ema) if sharded and self.ema else self.ema,
+                optimizer=Gathered(self.optimizer) if sharded else self.optimizer,
+                scheduler=self.schedule,
+                scaler=self.amp,
+            ),
+            metric=self.task.metric,
+            keep=config.SAVE_KEEP,
+            config_text=dump(config),
+            classes=self.data.classes,
+        )
+
+    def run(self) -> None:
+        """Train from where the weights' source left off, scoring and saving as the config says."""
+        start = time.time()
+        epoch, batch = self.config.TRAIN.START_EPOCH, 0
+        if self.source.kind == "resume":
+            epoch, batch = self.resume()
+        elif self.source.kind == "pretrained":
+            _LOG.info("before training: %s", self.task.describe(self.score()))
+        step = epoch * self.schedule.steps_per_epoch + math.ceil(batch / self.window)
+        if self.runtime.is_main:
+            (self.folder / "config.yaml").write_text(dump(self.config))
+        if epoch >= self.epochs:
+            _LOG.info("nothing left to train: %d of %d epochs are done", epoch, self.epochs)
+        trained = wrap(self.config, self.model, self.runtime)
+        with MetricsWriter(self.folder, self.runtime.rank, resume_step=step) as writer:
+            for number in range(epoch, self.epochs):
+                step = self.run_epoch(trained, writer, number, batch, step)
+                batch = 0
+        seconds = time.time() - start
+        _LOG.info("Training time %s", duration(seconds))
+        self.summarise(seconds)
+
+    def run_epoch(
+        self, trained: nn.Module, writer: MetricsWriter, epoch: int, first_batch: int, step: int
+    ) -> int:
+        """Train the rest of an epoch, score it, save it -> number of the next step."""
+        config, start = self.config, time.time()
+        self.data.train.set_position(epoch, first_batch)
+        result = train_epoch(
+            trained,
+            self.task,
+            self.data.train,
+            self.optimizer,
+            self.schedule,
+            device=self.runtime.device,
+            amp=self.amp,
+            num_batches=len(self.data.train),
+            epoch=epoch,
+            epochs=self.epochs,
+            step=step,
+            first_batch=first_batch,
+            accumulation_steps=self.window,
+            clip_grad=config.TRAIN.CLIP_GRAD,
+            ema=self.ema,
+            followers=[self.copy.module] if self.copy else [],
+            channels_last=config.CHANNELS_LAST,
+            log_every=config.PRINT_FREQ,
+            on_log=lambda record: writer.write("train", record["step"], record),
+            save_every=config.SAVE_STEPS,
+            on_save=lambda step, batch: self.checkpointer.save(self.progress(epoch, step, batch)),
+        )
+        _LOG.info("EPOCH %d training takes %s", epoch, duration(time.time() - start))
+        final = epoch + 1 == self.epochs
+        metrics = {}
+        if final or (epoch + 1) % config.EVAL_FREQ == 0:
+            metrics = dict(epoch=epoch, **self.score())
+            writer.write("eval", result.step, metrics)
+            _LOG.info("%s", self.task.describe(metrics))
+        numbered = epoch if final or (epoch + 1) % config.SAVE_FREQ == 0 else None
+        self.checkpointer.save(self.progress(epoch, result.step, result.batch), metrics, numbered)
+        if self.checkpointer.best:
+            _LOG.info("Max %s: %.2f", self.task.metric, self.checkpointer.best["value"])
+        report_skipped([self.data.train, self.data.val])
+        return result.step
+
+    def progress(self, epoch: int, step: int, batch: int) -> dict[str, Any]:
+        """Where training is, as a checkpoint holds it: the next batch, and the steps done."""
+        sampler = self.data.train.state(batch)
+        if batch == len(self.data.train):
+            epoch, batch = epoch + 1, 0
+        return dict(epoch=epoch, step=step, batch=batch, sampler=sampler)
+
+    def resume(self) -> tuple[int, int]:
+        """Restore the run's state -> (epoch, batch) to continue with, in batches of today's size."""
+        settings = hyper_parameters(self.config, self.optimizer)
+        progress = self.checkpointer.resume(fetch(self.source.path))
+        for group, current in zip(self.optimizer.param_groups, settings, strict=True):
+            changed = {k: v for k, v in current.items() if group[k] != v}
+            if changed:
+                _LOG.warning("taken from the config, not from the checkpoint: %s", changed)
+                group.update(changed)
+        if not (self.checkpointer.folder / "best.pth").is_file():
+            self.checkpointer.best = None  # it lies in another folder: this one gets its own
+        epoch, batch = self.data.train.load_state(progress["sampler"])
+        return (epoch + 1, 0) if batch == len(self.data.train) else (epoch, batch)
+
+    def scored_model(self) -> AbstractContextManager[nn.Module]:
+        """The averaged model, if there is one, else the trained one; in one piece on this device."""
+        if self.copy is None:
+            return nullcontext(self.scored)
+        return self.copy.holding(self.scored, self.runtime.device)
+
+    def score(self) -> dict[str, float]:
+        """Metrics of the averaged weights, if there are any, else of the trained ones."""
+        with self.scored_model() as model:
+            return evaluate(
+                model,
+                self.task,
+                self.data.val,
+                device=self.runtime.device,
+                amp=self.amp,
+                channels_last=self.config.CHANNELS_LAST,
+            )
+
+    def summarise(self, seconds: float) -> None:
+        """Time the trained model, draw the curves, and end the log with what the run achieved."""
+        config, folder, best = self.config, self.folder, self.checkpointer.best
+        with self.scored_model() as model:
+            speed = time_model(config, self.amp, model, self.runtime.device)
+        write_json(folder / "throughput.json", speed, self.runtime)
+        if not self.runtime.is_main or best is None:
+            return
+        best_file = self.checkpointer.folder / "best.pth"
+        result = dict(checkpoint=str(best_file), **best["metrics"])
+        write_json(folder / "eval.json", result, self.runtime)
+        curves = folder / "curves.png"
+        plot_training(folder / "metrics.jsonl", curves, self.task.metric, config.MODEL.NAME)
+        cost = count_model(config, self.copy.module if self.copy else self.scored)
+        size = "x".join(map(str, to_pair(config.DATA.IMG_SIZE)))
+        scores = self.task.describe(best["metrics"]).strip(" *")
+        files = ", ".join(sorted(path.name for path in folder.iterdir() if path != curves))
+        lines = [
+            f"{config.MODEL.NAME}: done in {duration(seconds)}",
+            f"  best    {scores}, epoch {best['metrics']['epoch']} of 0 to {self.epochs - 1}",
+            f"  model   {cost.params_m:.3f} M parameters, {cost.gmacs:.4f} GMACs at {size}",
+            f"  speed   {speed['img_per_s']:.1f} images/s (batch {speed['batch_size']}, "
+            f"{speed['dtype']}, {speed['device']})",
+            f"  curves  {curves}",
+            f"  files   {folder}: {files}",
+        ]
+        _LOG.info("Summary\n%s", "\n".join(lines))
+
+
+def train(config: CfgNode, runtime: Runtime) -> None:
+    """Train; ends with the summary of the best checkpoint."""
+    TrainingRun(config, runtime).run()
