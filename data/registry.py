@@ -76,6 +76,19 @@ class ImageDataset(Dataset):
         """Keep these samples in memory; called once, before workers start. Does nothing by default."""
 
 
+class ArrayImages(ImageDataset):
+    """Images of one size that are in memory as a whole: uint8 (N, H, W) or (N, H, W, C), and N labels."""
+
+    _images: np.ndarray
+    _labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        return self._images[index], int(self._labels[index])
+
+
 def register_dataset(
     *names: str,
     num_classes: int | None = None,

@@ -206,9 +206,8 @@ class _TrainLog:
         loss, grad_norm = means["loss"], means.get("grad_norm", (math.nan, math.nan))
         # No step since the last line, or none at all: log readers expect a number, Swin writes 0.
         shown_norm = [0.0 if math.isnan(norm) else norm for norm in grad_norm]
-        weight_decay = max(
-            group["weight_decay"] for group in optimizer.param_groups
-        )  # some have none
+        # That of the groups that have one.
+        weight_decay = max(group["weight_decay"] for group in optimizer.param_groups)
         eta = datetime.timedelta(seconds=int(batch_time[1] * (self.num_batches - 1 - index)))
         memory = peak_memory_mib(self.device)
         _LOG.info(

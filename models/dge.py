@@ -32,6 +32,10 @@ class Complexity(NamedTuple):
     static: Tensor  # if every token were a query
     dynamic: Tensor  # with the queries that were chosen
 
+    @property
+    def ratio(self) -> Tensor:
+        return self.dynamic / self.static.clamp(min=1.0)
+
 
 class GrainedBlock(nn.Module):
     """Transformer block whose queries are patch means, as fine in each region as its router says (Sec. 3.1).
@@ -152,21 +156,21 @@ class DynamicGrained:
         """`dge_budget`: weight * (dynamic / static - budget)^2 of the last training forward (Eq. 7)."""
         if self._last is None or not self._last.training or not self.budget_weight:
             return {}
-        static, dynamic = self._mean_complexity()
-        ratio = dynamic / static.clamp(min=1.0)
-        return {"dge_budget": (self.budget_weight * (ratio - self.budget).square()).float()}
+        excess = self._mean_complexity().ratio - self.budget
+        return {"dge_budget": (self.budget_weight * excess.square()).float()}
 
     def log_values(self) -> dict[str, Tensor | float]:
         """`dge_static_gmacs` and `dge_dynamic_gmacs` per image, and `dge_ratio`, of means over the batch."""
         if self._last is None or not self._last.training:
             return {}
-        return _complexity_values(*(mean.detach() for mean in self._mean_complexity()))
+        means = _complexity_values(self._mean_complexity())
+        return {name: value.detach() for name, value in means.items()}
 
     def image_values(self) -> dict[str, Tensor]:
         """`dge_static_gmacs`, `dge_dynamic_gmacs` and `dge_ratio` of each image."""
         if self._last is None or self._last.training:
             return {}
-        return _complexity_values(*self.complexity())
+        return _complexity_values(self.complexity())
 
     def _mean_complexity(self) -> Complexity:
         """Means over the batch, with a graph; computed once, as both the loss and the log want them."""
@@ -350,12 +354,12 @@ class PVTDGE(DynamicGrained, PyramidTransformer):
         return {"cls_token"}
 
 
-def _complexity_values(static: Tensor, dynamic: Tensor) -> dict[str, Tensor]:
+def _complexity_values(macs: Complexity) -> dict[str, Tensor]:
     """Multiply-adds as they are reported, in 1e9, and their ratio."""
     return {
-        "dge_static_gmacs": static / 1e9,
-        "dge_dynamic_gmacs": dynamic / 1e9,
-        "dge_ratio": dynamic / static.clamp(min=1.0),
+        "dge_static_gmacs": macs.static / 1e9,
+        "dge_dynamic_gmacs": macs.dynamic / 1e9,
+        "dge_ratio": macs.ratio,
     }
 
 

@@ -28,14 +28,14 @@ def check(config: CfgNode, runtime: Runtime) -> None:
     """
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
+    if mode == "PLAN_MODE":
+        make_plan(config, runtime)
+        return
     if mode in ("train", "EVAL_MODE"):
         classes = check_data(config) if mode == "train" else check_evaluation(config)
         task = build_task(config, classes)
     else:
         classes = known_classes(config)
-    if mode == "PLAN_MODE":
-        make_plan(config, runtime)
-        return
     with torch.device("meta"):
         model = build_placed(config, classes, torch.device("meta"))
     if mode == "train":

@@ -52,9 +52,8 @@ class TrainingRun:
         )
         self.task = build_task(config, self.data.num_classes, runtime.device)
         sharded = is_sharded(config, runtime)
-        device = (
-            torch.device("cpu") if sharded else runtime.device
-        )  # a sharded one is moved in parts
+        # A sharded model is moved in parts.
+        device = torch.device("cpu") if sharded else runtime.device
         model = build_placed(config, self.data.num_classes, device)
         self.source = source_of(config, "train", self.folder / "checkpoints" / "last.pth")
         if self.source.kind == "pretrained":

@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +24,7 @@ from data.evaluation_sets import (
 from data.formats.imagenet import FolderImages
 from models import CONFIG_DIR
 from tasks.classification import ClassificationTask
+from tests.processes import free_port, run_on_two_processes
 
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
@@ -298,30 +295,12 @@ def test_a_set_on_the_device_is_predicted_as_one_from_workers(weights):
     assert (there / "p.csv").read_text() == (folder / "p.csv").read_text()
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def run_on_two_processes(*runs: list[str]) -> None:
+def run_main_on_two_processes(*runs: list[str]) -> None:
     """main.py with each of the argument lists in turn, in the same two processes."""
-    script = f"import sys, os; sys.path.insert(0, {str(CONFIG_DIR.parent)!r}); import main\n"
+    script = "import os, main\n"
     for arguments in runs:
-        script += f"os.environ['MASTER_PORT'] = {free_port()!r}; main.main({arguments!r})\n"
-    shared = os.environ | dict(OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(printed)
+        script += f"os.environ['MASTER_PORT'] = '{free_port()}'; main.main({arguments!r})\n"
+    run_on_two_processes(script, timeout=300)
 
 
 def test_two_processes_train_beside_frozen_weights_and_predict_as_one_does(weights):
@@ -329,7 +308,7 @@ def test_two_processes_train_beside_frozen_weights_and_predict_as_one_does(weigh
     opts = ["TEST.PREDICTIONS", "p.csv", "TEST.REPORT", "True", "DATA.SYNTHETIC.VAL_SIZE", "53"]
     common = ["--cfg", SMOKE, "--output", "out"]
     freeze = ["TRAIN.FREEZE", "['backbone']", "TRAIN.EPOCHS", "1"]
-    run_on_two_processes(
+    run_main_on_two_processes(
         [*common, "--tag", "probe", "--pretrained", weights, "--opts", *freeze],
         [*common, "--tag", "two", "--eval", "--resume", weights, "--opts", *opts],
     )

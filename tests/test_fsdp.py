@@ -5,10 +5,6 @@ main.py in some ways. The tests look at what they left.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ import torch
 import main as program
 from config import load_config
 from models import CONFIG_DIR
+from tests.processes import run_on_two_processes
 from utils.sharding import shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,37 +146,11 @@ run("ddp_to_fsdp", *COMMON, *FSDP, args=args)
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What two processes left that ran WORKER."""
     place = tmp_path_factory.mktemp("fsdp")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI"))}
-    env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
-    env |= dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            cwd=place,
-            env=env | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=280)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-4000:]
+    run_on_two_processes(WORKER, timeout=280, folder=place)
     return place
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 import main as program
 from models import CONFIG_DIR
 from modes import training
+from tests.processes import interrupted_after_saving
 from utils.arguments import parse_args
-from utils.checkpoint import Checkpointer
 
 ROOT = CONFIG_DIR.parent
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
@@ -174,18 +174,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_by_bit(trained, monk
     assert train_steps == sorted(set(train_steps)), "no step is recorded twice"
 
 
-def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one_bit_by_bit(trained, monkeypatch):
-    save = Checkpointer.save
-
-    def die_after_save(self, progress, *args):
-        save(self, progress, *args)
-        if progress["step"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpointer, "save", die_after_save)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one_bit_by_bit(trained):
+    with interrupted_after_saving(step=3):
         run("--opts", "SAVE_STEPS", "3")
-    monkeypatch.setattr(Checkpointer, "save", save)
     folder = run("--opts", "SAVE_STEPS", "3")
     assert same(
         weights(folder / "checkpoints" / "last.pth"), weights(trained / "checkpoints" / "last.pth")

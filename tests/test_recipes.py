@@ -18,8 +18,8 @@ from models import CONFIG_DIR, list_models, registry, variant_file
 from modes import check
 from modes.build import load_weights
 from modes.training import TrainingRun
+from tests.processes import interrupted_after_saving
 from tests.small_models import SMALL
-from utils.checkpoint import Checkpointer
 from utils.distributed import Runtime
 
 ALONE = Runtime(0, 1, 0, torch.device("cpu"))
@@ -230,17 +230,8 @@ def test_a_scheduled_weight_decay_is_logged_and_exact_after_resuming(tmp_path, m
     monkeypatch.chdir(tmp_path)
     arguments = ["--cfg", SMOKE, "--opts", "TRAIN.WEIGHT_DECAY_END", "0.5", "TRAIN.BASE_LR", "0.05"]
     program.main([*arguments, "OUTPUT", "whole"])
-    save = Checkpointer.save
-
-    def die_after_save(self, progress, *args):
-        save(self, progress, *args)
-        if progress["step"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpointer, "save", die_after_save)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after_saving(step=3):
         program.main([*arguments, "OUTPUT", "cut", "SAVE_STEPS", "3"])
-    monkeypatch.setattr(Checkpointer, "save", save)
     with caplog.at_level(logging.WARNING):
         program.main([*arguments, "OUTPUT", "cut", "SAVE_STEPS", "3"])
     assert "taken from the config" not in caplog.text

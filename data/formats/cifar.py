@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data.registry import ImageDataset, missing, register_dataset
+from data.registry import ArrayImages, ImageDataset, missing, register_dataset
 
 
 @register_dataset("cifar10", num_classes=10, train_size=50_000)
@@ -28,7 +28,7 @@ def cifar100(root: str, split: str) -> ImageDataset:
     )
 
 
-class CifarImages(ImageDataset):
+class CifarImages(ArrayImages):
     """Images of 32x32 pixels from pickles of rows of 3072 bytes, channels first.
 
     Files are not compared with the published checksums: any pickles of this layout will do.
@@ -75,12 +75,6 @@ class CifarImages(ImageDataset):
                 f"{path}: '{label_key}' must be integers from 0 to {len(self.classes) - 1}"
             )
         return rows, labels.astype(np.int64)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        return self._images[index], int(self._labels[index])
 
     def describe(self, index: int) -> str:
         file = int(np.searchsorted(self._starts, index, side="right")) - 1

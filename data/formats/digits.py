@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from data.registry import ImageDataset, register_dataset
+from data.registry import ArrayImages, register_dataset
 
 
 @register_dataset("digits")
-class Digits(ImageDataset):
+class Digits(ArrayImages):
     """1,437 images to train on and 360 held out, 8x8 pixels, gray; always the same ones.
 
     `root` is not used.
@@ -26,12 +26,6 @@ class Digits(ImageDataset):
         self._images = np.round(digits.images[self._indices] * (255 / 16)).astype(np.uint8)
         self._labels = digits.target[self._indices]
         self.classes = [str(name) for name in digits.target_names]
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        return self._images[index], int(self._labels[index])
 
     def describe(self, index: int) -> str:
         return f"scikit-learn's digit {self._indices[index]}"

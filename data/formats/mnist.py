@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.registry import ImageDataset, missing, register_dataset
+from data.registry import ArrayImages, ImageDataset, missing, register_dataset
 
 FASHION = (
     "T-shirt/top",
@@ -34,7 +34,7 @@ def fashion_mnist(root: str, split: str) -> ImageDataset:
     return IdxImages(Path(root), split, "FashionMNIST", list(FASHION))
 
 
-class IdxImages(ImageDataset):
+class IdxImages(ArrayImages):
     """Gray images of one IDX file, and the labels of another one; always all in memory.
 
     Args:
@@ -61,12 +61,6 @@ class IdxImages(ImageDataset):
                 f"{labels}: label {self._labels.max()} is out of range: labels must be 0 to "
                 f"{len(classes) - 1}"
             )
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        return self._images[index], int(self._labels[index])
 
     def describe(self, index: int) -> str:
         return f"{self._path}, image {index}"

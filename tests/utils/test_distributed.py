@@ -1,12 +1,9 @@
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_on_two_processes
 from utils import distributed
 from utils.distributed import Launch, choose_device, first_host, init_distributed, read_launch
 
@@ -192,6 +189,7 @@ def test_each_process_gets_its_gpu_or_a_clear_error():
 WORKER = """
 import sys, torch
 from pathlib import Path
+from tests.processes import run_on_two_processes
 from utils import distributed
 from utils.checkpoint import Checkpointer
 
@@ -223,29 +221,8 @@ distributed.cleanup()
 
 
 def test_two_processes_agree_on_every_helper_and_on_a_failed_save(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / "checkpoints")],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=90)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for rank, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
-        assert worker.returncode == 0, output
+    outputs = run_on_two_processes(WORKER, str(tmp_path / "checkpoints"), timeout=90)
+    for rank, output in enumerate(outputs):
         assert f"rank {rank} raised state['optimizer']['x'] is a builtins.object" in output
     state = torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)
     assert len(state["rng"]) == 2
