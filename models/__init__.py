@@ -2,12 +2,14 @@
 
 Importing this package imports every module in it, so a new architecture is one file here and its
 YAML files under `configs/`; nothing has to list it. No architectures are `backbone` (the contract),
-`registry` (the schema), `pretrained` (loading weights), `timm_registry` and `folding` (batch norms).
+`registry` (the schema), `pretrained` (loading weights), `timm_registry` and `folding` (batch norms); `heads/`
+makes detectors and segmenters of them.
 """
 
 import importlib
 import logging
 import pkgutil
+from collections.abc import Mapping
 from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
@@ -19,6 +21,8 @@ from utils.spelling import nearest
 
 from . import registry
 from .backbone import Backbone
+from .heads import DenseModel, find_head
+from .heads.dense import pyramid_of
 from .timm_registry import register_in_timm
 
 __all__ = ["Backbone", "build_model", "create_model", "list_models", "variant_file"]
@@ -33,16 +37,36 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def build_model(config: Any, **overrides: Any) -> Backbone:
-    """The backbone that a config describes, with fresh weights.
+    """The network that a config describes, with fresh weights: a classifier, or a backbone with a head.
 
     Args:
         config: a frozen CfgNode of `load_config`.
-        overrides: constructor keywords that replace config values, such as `num_classes`.
+        overrides: constructor keywords of the architecture that replace config values, such as `num_classes`.
 
     Raises:
-        ValueError: MODEL.TYPE is unknown, a keyword is not one of its constructor's, or a value is
-            refused: by the checks of its config key, or by the constructor.
+        ValueError: MODEL.TYPE or MODEL.HEAD.TYPE is unknown, a keyword is not one of its constructor's, or a
+            value is refused: by the checks of its config key, or by a constructor.
     """
+    if config.TASK == "classification":
+        return _build_backbone(config, overrides)
+    classes = overrides.pop("num_classes", config.MODEL.NUM_CLASSES)
+    if not classes:
+        raise ValueError(
+            f"TASK='{config.TASK}' needs to know the number of classes: set MODEL.NUM_CLASSES, or "
+            "DATA.DATA_PATH to the data"
+        )
+    entry = find_head(config.MODEL.HEAD.TYPE, config.TASK)
+    backbone = _build_backbone(config, overrides | dict(num_classes=0))
+    pyramid, features = pyramid_of(backbone)
+    keywords = {name: _get(config, key) for name, key in entry.keys.items()}
+    try:
+        head = entry.cls(features, classes, **keywords)
+    except ValueError as error:
+        raise _named(error, f"MODEL.HEAD.{entry.node}") from error
+    return DenseModel(backbone, pyramid, head, entry.task)
+
+
+def _build_backbone(config: Any, overrides: Mapping[str, Any]) -> Backbone:
     from config import checked  # here, because config.py reads the schema from this package
 
     entry = registry.find(config.MODEL.TYPE)
@@ -55,7 +79,7 @@ def build_model(config: Any, **overrides: Any) -> Backbone:
     keywords = {
         name: checked(key, overrides[name], f"the keyword {name}")
         if name in overrides
-        else reduce(getitem, key.split("."), config)
+        else _get(config, key)
         for name, key in entry.keys.items()
     }
     if keywords["num_classes"] is None:
@@ -63,10 +87,16 @@ def build_model(config: Any, **overrides: Any) -> Backbone:
     try:
         return entry.cls(**keywords)
     except ValueError as error:
-        if str(error).startswith("MODEL."):
-            raise
-        # Layers speak of their own arguments; the user set a key.
-        raise ValueError(f"MODEL.{entry.node}: {error}") from error
+        raise _named(error, f"MODEL.{entry.node}") from error
+
+
+def _get(config: Any, key: str) -> Any:
+    return reduce(getitem, key.split("."), config)
+
+
+def _named(error: ValueError, node: str) -> ValueError:
+    """Layers speak of their own arguments; the user set a key."""
+    return error if str(error).startswith("MODEL.") else ValueError(f"{node}: {error}")
 
 
 def create_model(name: str, **overrides: Any) -> Backbone:

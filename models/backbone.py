@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.names import is_under
 from utils.spelling import nearest
 
 from .layers.token_maps import LastInputs
@@ -44,6 +45,7 @@ class Backbone(nn.Module):
     # What `forward` gives in training mode: logits alone, or a tuple with those of a distillation token
     # ("distilled"), or with those of each position of the last map ("tokens", (B, h * w, num_classes)).
     training_outputs: tuple[str, ...] = ("logits",)
+    task: str = "classification"  # what `forward` is for, as TASK names it
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +76,10 @@ class Backbone(nn.Module):
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """Images -> one (B, C_i, ceil(H/s_i), ceil(W/s_i)) map per entry of `feature_info`."""
         raise NotImplementedError
+
+    def map_layers(self, index: int) -> tuple[str, ...]:
+        """Layers that only map `index` of the pyramid needs, such as its norm; without that map they rest."""
+        return ()
 
     # -- as in timm ------------------------------------------------------------------------------
 
@@ -138,7 +144,7 @@ class Backbone(nn.Module):
             (len(prefix), depth)
             for depth, group in enumerate(prefixes)
             for prefix in group
-            if _is_under(name, prefix)
+            if is_under(name, prefix)
         ]
         return max(matches)[1] if matches else len(prefixes)
 
@@ -159,7 +165,7 @@ class Backbone(nn.Module):
         prefixes = tuple(prefixes)
         names = [name for name, _ in self.named_parameters()]
         for prefix in prefixes:
-            if prefix != ALL_BUT_CLASSIFIER and not any(_is_under(name, prefix) for name in names):
+            if prefix != ALL_BUT_CLASSIFIER and not any(is_under(name, prefix) for name in names):
                 known = {path for path, _ in self.named_modules() if path}
                 raise ValueError(
                     f"TRAIN.FREEZE={list(prefixes)}: no parameter is named {prefix!r} or {prefix}.*; did "
@@ -176,7 +182,7 @@ class Backbone(nn.Module):
         def is_frozen(name: str) -> bool:
             return (
                 (ALL_BUT_CLASSIFIER in prefixes and name not in spared)
-                or any(_is_under(name, prefix) for prefix in prefixes)
+                or any(is_under(name, prefix) for prefix in prefixes)
                 or (depth > 0 and self.layer_id(name) < depth)
             )
 
@@ -187,6 +193,13 @@ class Backbone(nn.Module):
             if isinstance(module, BATCH_NORMS) and is_frozen(f"{path}.weight"):
                 self._frozen_norms.append(module.eval())
         return frozen
+
+    def freeze_batch_norms(self) -> None:
+        """Take all batch norms out of training: weights and running statistics stay what they are."""
+        for module in self.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.requires_grad_(False)
+                self._frozen_norms.append(module.eval())
 
     # -- what the engine and the tools ask -------------------------------------------------------
 
@@ -252,6 +265,10 @@ class Backbone(nn.Module):
         """
         return ()
 
+    def timed_parts(self) -> dict[str, nn.Module]:
+        """Parts that `--throughput` times beside the whole, by name; each takes the same images."""
+        return {}
+
     def counting(self) -> AbstractContextManager[None]:
         """While it is entered, `forward` runs the operations that papers count, whatever is faster here."""
         return nullcontext()
@@ -309,10 +326,6 @@ class Backbone(nn.Module):
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by full name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _is_under(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
 
 
 def _ids(tensors: dict[str, Tensor]) -> set[int]:

@@ -299,6 +299,9 @@ class DFvT(Backbone):
             x = self._next_level(i, x)
         return maps
 
+    def map_layers(self, index: int) -> tuple[str, ...]:
+        return (f"norm{index}", f"conv1x1layers.{index}")
+
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H/4, W/4)."""
         x = self.patch_embed(x)

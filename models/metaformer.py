@@ -278,6 +278,9 @@ class MetaFormer(Backbone):
             maps.append((y if norm is None else norm(y)).permute(0, 3, 1, 2))
         return maps
 
+    def map_layers(self, index: int) -> tuple[str, ...]:
+        return (f"norm{index}",)
+
     def _stage_maps(self, x: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W) -> output (B, H/s, W/s, C) of each stage."""
         maps = []

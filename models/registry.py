@@ -7,7 +7,7 @@ keyword `embed_dim: int = 96`: the signature is the only home of a hyper-paramet
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +88,12 @@ def entries() -> list[Entry]:
     return [_ENTRIES[key] for key in sorted(_ENTRIES)]
 
 
-def signature_fields(cls: type) -> dict[str, Field]:
-    """The config fields that the constructor of `cls` defines, shared keywords left out."""
+def signature_fields(cls: type, given: Collection[str] = SHARED_KEYWORDS) -> dict[str, Field]:
+    """The config fields that the constructor of `cls` defines; arguments in `given` come from elsewhere."""
     hints = typing.get_type_hints(cls.__init__)
     fields = {}
     for keyword, parameter in inspect.signature(cls.__init__).parameters.items():
-        if keyword == "self" or keyword in SHARED_KEYWORDS:
+        if keyword == "self" or keyword in given:
             continue
         where = f"{cls.__name__}.__init__({keyword})"
         if (

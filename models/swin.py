@@ -222,6 +222,9 @@ class SwinBackbone(Backbone):
             x = stage.downsample(x)
         return maps
 
+    def map_layers(self, index: int) -> tuple[str, ...]:
+        return (f"norm{index}",)
+
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H/4, W/4, C)."""
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)

@@ -1,0 +1,230 @@
+"""Boxes of anchor-based detectors: anchors, matching, encoding, and the best candidates of all levels.
+
+Boxes are (x1, y1, x2, y2) in pixels, without the "+1" of the oldest detectors. Everything here computes in
+float32, whatever autocast is on: bfloat16 tells positions beyond 256 pixels apart by 2 at best.
+
+Like mmdet 2, which the published recipes used. torchvision's `AnchorGenerator` rounds the corners of anchors
+to whole pixels, makes them in the type of the maps, and takes the quotient of image and map as a level's
+stride, which is wrong for the coarsest ones (114 instead of 128 at a side of 800); its `Matcher` gives the
+anchor nearest to a box to another box if it overlaps that one more.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+# The largest factor by which a box grows, as in all these detectors.
+MAX_LOG_SCALE = math.log(1000 / 16)
+
+BACKGROUND, IGNORED = -1, -2  # what `match` says where there is no box
+
+
+class AnchorGrid:
+    """Anchors around the positions of all levels, the first one centred at the image's corner (0, 0).
+
+    Args:
+        strides: of the levels, in pixels.
+        multiple: of pixels that any image is padded to.
+        scales: sides of the square anchors, in strides.
+        ratios: height over width; all anchors of one scale have one area.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int],
+        multiple: int,
+        scales: Sequence[float],
+        ratios: Sequence[float],
+    ) -> None:
+        self.strides, self.multiple = list(strides), multiple
+        self.shapes = [
+            (scale / math.sqrt(ratio), scale * math.sqrt(ratio))
+            for ratio in ratios
+            for scale in scales
+        ]  # (width, height) in strides
+
+    @property
+    def num_anchors(self) -> int:
+        """Anchors per position."""
+        return len(self.shapes)
+
+    def __call__(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, C, h, w) of the levels -> their anchors, (h * w * num_anchors, 4) each, row by row."""
+        anchors = []
+        for stride, level in zip(self.strides, maps, strict=True):
+            h, w = level.shape[-2:]
+            like = dict(device=level.device, dtype=torch.float32)
+            half = torch.tensor(self.shapes, **like) * (stride / 2)
+            y, x = torch.meshgrid(
+                torch.arange(h, **like) * stride, torch.arange(w, **like) * stride, indexing="ij"
+            )
+            centres = torch.stack((x, y), dim=-1)[:, :, None]  # (h, w, 1, 2)
+            anchors.append(torch.cat((centres - half, centres + half), dim=-1).reshape(-1, 4))
+        return anchors
+
+    def is_valid(self, anchors: Tensor, size: tuple[int, int]) -> Tensor:
+        """Which anchors (n, 4) are not centred in what an image of `size` (h, w) was padded by -> (n,) bool.
+
+        Only in what it would not be padded by alone: neither training nor evaluation reads the others, so
+        that no image depends on the sizes of others in its batch.
+        """
+        h, w = (math.ceil(side / self.multiple) * self.multiple for side in size)
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        # Centres are whole numbers; half a pixel keeps clear of rounding.
+        return (centres[:, 0] < w - 0.5) & (centres[:, 1] < h - 0.5)
+
+
+def flatten_level(x: Tensor, width: int) -> Tensor:
+    """Outputs of a convolution (B, A * width, h, w) -> (B, h * w * A, width) float32, ordered as anchors."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, width).float()
+
+
+def image_sizes(images: Tensor, targets: list[dict[str, Any]] | None) -> list[tuple[int, int]]:
+    """Height and width of each image (B, C, H, W) without its padding."""
+    if targets is None:
+        return [(images.shape[-2], images.shape[-1])] * images.shape[0]
+    return [(int(target["size"][0]), int(target["size"][1])) for target in targets]
+
+
+def match(
+    boxes: Tensor,
+    anchors: Tensor,
+    *,
+    positive: float,
+    negative: float,
+    low_quality: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The box that each anchor is to find -> (n,) index into `boxes` (m, 4), BACKGROUND or IGNORED.
+
+    Args:
+        boxes: (m, 4), m may be 0.
+        anchors: (n, 4).
+        positive: IoU from which on an anchor is given the box that it overlaps most.
+        negative: IoU below which it is background; in between it is ignored.
+        low_quality: the anchors that overlap a box most are given it if that is at least this much (and more
+            than nothing), whatever else they overlap; None leaves that out.
+        valid: (n,) bool, the others are ignored.
+    """
+    if valid is None:
+        valid = torch.ones(len(anchors), dtype=torch.bool, device=anchors.device)
+    if not len(boxes):
+        return torch.where(valid, BACKGROUND, IGNORED)
+    iou = box_iou(boxes.float(), anchors) * valid  # (m, n)
+    best, index = iou.max(dim=0)
+    matched = torch.where(best < negative, BACKGROUND, IGNORED)
+    matched = torch.where(best >= positive, index, matched)
+    if low_quality is not None:
+        most = iou.amax(dim=1, keepdim=True)
+        wanted = (iou == most) & (most >= low_quality) & (most > 0)
+        number = torch.arange(len(boxes), device=boxes.device)[:, None]
+        last = torch.where(wanted, number, -1).amax(dim=0)  # of two boxes, the later one
+        matched = torch.where(last >= 0, last, matched)
+    return torch.where(valid, matched, IGNORED)
+
+
+def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
+    """What a detector has to predict at `anchors` (n, 4) for `boxes` (n, 4) -> (n, 4).
+
+    Centre's shift in anchor sides and logarithm of the growth, times `weights` (x, y, width, height).
+    """
+    centres, sides = _centres(boxes)
+    from_centres, from_sides = _centres(anchors)
+    deltas = torch.cat(((centres - from_centres) / from_sides, (sides / from_sides).log()), dim=-1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
+    """Inverse of `encode`: (..., 4) at anchors of a shape that broadcasts -> boxes (..., 4)."""
+    deltas = deltas / deltas.new_tensor(weights)
+    centres, sides = _centres(anchors)
+    centres = centres + deltas[..., :2] * sides
+    half = sides * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
+    return torch.cat((centres - half, centres + half), dim=-1)
+
+
+def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) cut at the borders of an image of `size` (h, w)."""
+    h, w = size
+    return torch.stack(
+        (
+            boxes[..., 0].clamp(0, w),
+            boxes[..., 1].clamp(0, h),
+            boxes[..., 2].clamp(0, w),
+            boxes[..., 3].clamp(0, h),
+        ),
+        dim=-1,
+    )
+
+
+def has_area(boxes: Tensor) -> Tensor:
+    """Which boxes (n, 4) have any -> (n,) bool."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def best_candidates(
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    valid: Sequence[Tensor],
+    size: tuple[int, int],
+    *,
+    limit: int,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The most probable boxes of each level of one image.
+
+    Args:
+        logits: (n_l, K) per level, of classes that do not exclude one another.
+        deltas: (n_l, 4) per level.
+        anchors: (n_l, 4) per level.
+        valid: (n_l,) bool per level, anchors that may propose anything.
+        size: (h, w) that boxes are clipped to; those that are left without area are dropped.
+        limit: candidates per level.
+        threshold: probability that a candidate must exceed.
+
+    Returns:
+        boxes (n, 4), probabilities (n,), classes (n,) and levels (n,), not sorted.
+    """
+    found = []
+    for level, (logit, delta, anchor, ok) in enumerate(
+        zip(logits, deltas, anchors, valid, strict=True)
+    ):
+        num_classes = logit.shape[-1]
+        score = logit.masked_fill(~ok[:, None], -torch.inf).flatten()
+        (chosen,) = torch.where(score > _logit(threshold))
+        score, order = score[chosen].topk(min(limit, len(chosen)))
+        chosen = chosen[order]
+        position = chosen // num_classes
+        boxes = clip(decode(delta[position], anchor[position], (1.0,) * 4), size)
+        kept = has_area(boxes)
+        columns = (boxes, score.sigmoid(), chosen % num_classes, torch.full_like(chosen, level))
+        found.append([column[kept] for column in columns])
+    boxes, scores, classes, levels = (torch.cat(column) for column in zip(*found, strict=True))
+    return boxes, scores, classes, levels
+
+
+def first_map(features: list[dict[str, int]], num_maps: int) -> int:
+    """Index of the first of the `num_maps` coarsest maps; ValueError if there are not so many."""
+    if not 0 < num_maps <= len(features):
+        raise ValueError(
+            f"NUM_MAPS={num_maps} of the detection head must be from 1 to {len(features)}, the number of "
+            f"maps of this backbone (strides {[f['stride'] for f in features]})"
+        )
+    return len(features) - num_maps
+
+
+def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (..., 4) -> centres (..., 2) and sides (..., 2), both x first."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return (low + high) / 2, high - low
+
+
+def _logit(probability: float) -> float:
+    if probability <= 0:
+        return -math.inf
+    return math.log(probability / (1 - probability)) if probability < 1 else math.inf

@@ -1,0 +1,565 @@
+"""Faster and Mask R-CNN: proposals from anchors, then a closer look at each.
+
+Papers:     arXiv:1506.01497 (Faster R-CNN), arXiv:1612.03144 (with a feature pyramid), arXiv:1703.06870
+            (Mask R-CNN)
+Reference:  mmdet 2, configs/_base_/models/mask_rcnn_r50_fpn.py, which the published recipes started from
+Deviations: from torchvision's `RegionProposalNetwork` and `RoIHeads`, whose convolutional parts are used here
+            without their bookkeeping: L1 instead of smooth L1 losses, RoIAlign moved by half a pixel
+            ("aligned"), anchors in the padding ignored, mask targets rounded; see `boxes.py` for anchors and
+            matching. As in mmdet the background is the last class, so labels are 0 ... K-1 everywhere.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import roi_align
+
+from .boxes import (
+    BACKGROUND,
+    AnchorGrid,
+    best_candidates,
+    clip,
+    decode,
+    encode,
+    first_map,
+    flatten_level,
+    has_area,
+    image_sizes,
+    match,
+)
+from .fpn import FeaturePyramid
+from .nms import Suppression
+from .registry import register_head
+
+# What detection papers count: so many proposals and detections, whatever the image holds.
+COUNTED_PROPOSALS, COUNTED_DETECTIONS = 1000, 100
+
+NO_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One look at the proposals: what counts as found, how boxes are encoded, and what its losses count."""
+
+    iou: float
+    weights: tuple[float, float, float, float]
+    loss_weight: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Proposals of one image that a stage trains on.
+
+    Attributes:
+        boxes: (n, 4).
+        index: (n,) the ground truth that each is to find, or BACKGROUND.
+        is_truth: (n,) bool, ground truths that were added to the proposals.
+    """
+
+    boxes: Tensor
+    index: Tensor
+    is_truth: Tensor
+
+
+class ProposalNetwork(nn.Module):
+    """Where there is any object, from all levels of a pyramid; see `TwoStageHead` for the arguments."""
+
+    def __init__(
+        self,
+        channels: int,
+        anchors: AnchorGrid,
+        *,
+        num_convs: int,
+        positive_iou: float,
+        negative_iou: float,
+        batch: int,
+        positive_fraction: float,
+        candidates: tuple[int, int],
+        proposals: tuple[int, int],
+        nms_threshold: float,
+        smooth_l1_beta: float,
+    ) -> None:
+        super().__init__()
+        self.anchors = anchors
+        self.smooth_l1_beta = smooth_l1_beta
+        self.head = RPNHead(channels, anchors.num_anchors, num_convs)
+        self.positive_iou, self.negative_iou = positive_iou, negative_iou
+        self.batch, self.positive_fraction = batch, positive_fraction
+        self.candidates = dict(zip((True, False), candidates, strict=True))
+        self.suppress = {
+            training: Suppression(nms_threshold, limit)
+            for training, limit in zip((True, False), proposals, strict=True)
+        }
+
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Levels (B, C, h, w) -> logits (B, A_l, 1) and deltas (B, A_l, 4) per level, float32."""
+        logits, deltas = self.head(levels)
+        return [flatten_level(x, 1) for x in logits], [flatten_level(x, 4) for x in deltas]
+
+    @torch.no_grad()
+    def propose(
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        sizes: list[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Outputs of `forward` -> proposals (n, 4) per image, the most probable first."""
+        proposals = []
+        for i, size in enumerate(sizes):
+            boxes, scores, _, levels = best_candidates(
+                [level[i].detach() for level in logits],
+                [level[i].detach() for level in deltas],
+                anchors,
+                [self.anchors.is_valid(level, size) for level in anchors],
+                size,
+                limit=self.candidates[self.training],
+            )
+            kept, _ = self.suppress[self.training](boxes, scores, levels)
+            proposals.append(boxes[kept])
+        return proposals
+
+    def losses(
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        targets: list[dict[str, Any]],
+        sizes: list[tuple[int, int]],
+    ) -> dict[str, Tensor]:
+        """Outputs of `forward` -> "rpn_cls" and "rpn_box", both over the number of sampled anchors."""
+        all_anchors, all_logits = torch.cat(anchors), torch.cat(logits, dim=1)[..., 0]
+        all_deltas = torch.cat(deltas, dim=1)
+        cls, box, count = all_logits.sum() * 0, all_deltas.sum() * 0, 0
+        for i, (target, size) in enumerate(zip(targets, sizes, strict=True)):
+            matched = match(
+                target["boxes"],
+                all_anchors,
+                positive=self.positive_iou,
+                negative=self.negative_iou,
+                low_quality=self.negative_iou,
+                valid=self.anchors.is_valid(all_anchors, size),
+            )
+            found, empty = sample(matched, self.batch, self.positive_fraction)
+            chosen = torch.cat((found, empty))
+            truth = (matched[chosen] >= 0).float()
+            cls = cls + F.binary_cross_entropy_with_logits(
+                all_logits[i, chosen], truth, reduction="sum"
+            )
+            wanted = encode(target["boxes"][matched[found]].float(), all_anchors[found], NO_WEIGHTS)
+            box = box + F.smooth_l1_loss(
+                all_deltas[i, found], wanted, reduction="sum", beta=self.smooth_l1_beta
+            )
+            count += len(chosen)
+        return {"rpn_cls": cls / max(1, count), "rpn_box": box / max(1, count)}
+
+
+class BoxHead(nn.Module):
+    """Two shared layers, then classes (the last one background) and box deltas of pooled features."""
+
+    def __init__(
+        self, channels: int, size: int, fc_dim: int, num_classes: int, class_agnostic: bool
+    ) -> None:
+        super().__init__()
+        self.shared = TwoMLPHead(channels * size**2, fc_dim)
+        self.cls = nn.Linear(fc_dim, num_classes + 1)
+        self.box = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
+        for layer in (self.shared.fc6, self.shared.fc7):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.cls.weight, std=0.01)
+        nn.init.normal_(self.box.weight, std=0.001)
+        for layer in (self.shared.fc6, self.shared.fc7, self.cls, self.box):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, C, size, size) -> logits (n, K + 1) and deltas (n, K or 1, 4), float32."""
+        x = self.shared(x)
+        return self.cls(x).float(), self.box(x).float().unflatten(1, (-1, 4))
+
+
+class MaskHead(nn.Sequential):
+    """Four convolutions, twice the resolution, and one mask per class: (n, C, s, s) -> (n, K, 2s, 2s)."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__(
+            MaskRCNNHeads(channels, [channels] * 4, dilation=1),
+            MaskRCNNPredictor(channels, channels, num_classes),
+        )
+
+
+class TwoStageHead(nn.Module):
+    """Feature pyramid, proposals, and one or more stages that look at them; subclasses say which.
+
+    Args:
+        features: `dict(channels, stride)` of each map, fine to coarse.
+        num_classes: K.
+        num_maps: how many of the maps are used, the coarsest ones.
+        fpn_channels: width of pyramid, proposal network and mask heads.
+        extra_levels: "pool": one coarser level for proposals; see `FeaturePyramid`.
+        anchor_scale: side of the anchors, in strides.
+        anchor_ratios: height over width.
+        rpn_convs: convolutions before the proposal network's outputs.
+        rpn_positive_iou, rpn_negative_iou: as in `boxes.match`; the anchors that overlap a box most count as
+            positive from the negative one on.
+        rpn_batch, rpn_positive_fraction: anchors per image in the loss, and how many may be positive.
+        rpn_candidates: boxes that a level proposes before suppression, in training and evaluation.
+        rpn_proposals: proposals per image after it, in training and evaluation.
+        rpn_nms_threshold: IoU from which on a proposal counts as made before.
+        roi_size: side of the pooled features for boxes; masks have 14.
+        roi_sampling: samples per bin of RoIAlign in each direction, 0 as many as the bin has pixels.
+        fc_dim: width of the layers on pooled features.
+        roi_batch, roi_positive_fraction: proposals per image in the losses, and how many may be positive.
+        score_threshold, nms_threshold, detections_per_image: what is kept at test.
+        soft_nms, soft_nms_sigma, soft_nms_min_score: as in `Suppression`.
+    """
+
+    # What the paper fixes: the stages, one box per proposal or one per class and proposal, where smooth L1
+    # losses of stages and proposals become linear (0 is L1), and whether there are masks.
+    stages: ClassVar[tuple[Stage, ...]]
+    class_agnostic: ClassVar[bool] = False
+    smooth_l1_beta: ClassVar[float] = 0.0
+    rpn_smooth_l1_beta: ClassVar[float] = 0.0
+    needs_masks: ClassVar[bool] = False
+    mask_roi_size: ClassVar[int] = 14
+
+    def __init__(
+        self,
+        features: list[dict[str, int]],
+        num_classes: int,
+        *,
+        num_maps: int = 4,
+        fpn_channels: int = 256,
+        extra_levels: str = "pool",
+        anchor_scale: float = 8.0,
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        rpn_convs: int = 1,
+        rpn_positive_iou: float = 0.7,
+        rpn_negative_iou: float = 0.3,
+        rpn_batch: int = 256,
+        rpn_positive_fraction: float = 0.5,
+        rpn_candidates: Sequence[int] = (2000, 1000),
+        rpn_proposals: Sequence[int] = (1000, 1000),
+        rpn_nms_threshold: float = 0.7,
+        roi_size: int = 7,
+        roi_sampling: int = 0,
+        fc_dim: int = 1024,
+        roi_batch: int = 512,
+        roi_positive_fraction: float = 0.25,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        detections_per_image: int = 100,
+        soft_nms: str = "none",
+        soft_nms_sigma: float = 0.5,
+        soft_nms_min_score: float = 0.001,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        for key, pair in (("RPN_CANDIDATES", rpn_candidates), ("RPN_PROPOSALS", rpn_proposals)):
+            if len(pair) != 2:
+                raise ValueError(
+                    f"{key}={[*pair]} must be two numbers: in training and in evaluation"
+                )
+        self.first_map = first_map(features, num_maps)
+        self.unused_maps = tuple(range(self.first_map))
+        used = features[self.first_map :]
+        self.roi_strides = [f["stride"] for f in used]
+        self.fpn = FeaturePyramid([f["channels"] for f in used], fpn_channels, extra_levels)
+        strides = self.roi_strides
+        anchors = AnchorGrid(self.fpn.strides(strides), strides[-1], [anchor_scale], anchor_ratios)
+        self.rpn = ProposalNetwork(
+            fpn_channels,
+            anchors,
+            num_convs=rpn_convs,
+            positive_iou=rpn_positive_iou,
+            negative_iou=rpn_negative_iou,
+            batch=rpn_batch,
+            positive_fraction=rpn_positive_fraction,
+            candidates=tuple(rpn_candidates),
+            proposals=tuple(rpn_proposals),
+            nms_threshold=rpn_nms_threshold,
+            smooth_l1_beta=self.rpn_smooth_l1_beta,
+        )
+        self.box_heads = nn.ModuleList(
+            BoxHead(fpn_channels, roi_size, fc_dim, num_classes, self.class_agnostic)
+            for _ in self.stages
+        )
+        self.mask_heads = nn.ModuleList(
+            MaskHead(fpn_channels, num_classes) for _ in self.stages if self.needs_masks
+        )
+        self.roi_size, self.roi_sampling = roi_size, roi_sampling
+        self.roi_batch, self.roi_positive_fraction = roi_batch, roi_positive_fraction
+        self.score_threshold = score_threshold
+        self.suppress = Suppression(
+            nms_threshold, detections_per_image, soft_nms, soft_nms_sigma, soft_nms_min_score
+        )
+        self._counting = False
+
+    def forward(
+        self, maps: list[Tensor], images: Tensor, targets: list[dict[str, Any]] | None = None
+    ) -> Any:
+        """Maps of `features`, images (B, C, H, W) -> losses by name, or detections in evaluation.
+
+        Losses: "rpn_cls", "rpn_box", and "cls", "box", "mask" (with the stage's number if there are several).
+        Detections: per image boxes (n, 4) in pixels of `images`, clipped to its `size`, scores (n,), labels
+        (n,), 0 ... K-1, the highest score first, and with masks their probabilities (n, 28, 28) in the boxes.
+        """
+        levels = self.fpn(maps[self.first_map :])
+        logits, deltas = self.rpn(levels)
+        if self._counting:
+            return self._counted(levels, logits, deltas)
+        anchors = self.rpn.anchors(levels)
+        sizes = image_sizes(images, targets)
+        proposals = self._propose(logits, deltas, anchors, sizes)
+        if not self.training:
+            return self._detect(levels, proposals, sizes)
+        with torch.autocast(images.device.type, enabled=False):
+            losses = self._rpn_losses(logits, deltas, anchors, targets, sizes)
+        return losses | self._stage_losses(levels, proposals, targets, sizes)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """While it is entered, evaluation runs 1000 proposals and 100 masks per image, whatever is in it."""
+        self._counting = True
+        try:
+            yield
+        finally:
+            self._counting = False
+
+    @torch.compiler.disable
+    def _propose(self, *args: Any) -> list[Tensor]:
+        return self.rpn.propose(*args)
+
+    @torch.compiler.disable
+    def _rpn_losses(self, *args: Any) -> dict[str, Tensor]:
+        return self.rpn.losses(*args)
+
+    def _counted(
+        self, levels: list[Tensor], *outputs: list[Tensor]
+    ) -> tuple[list[Tensor | list[Tensor]], ...]:
+        """All outputs for pooled features of a fixed number, which cost nothing to pool."""
+        batch, channels = levels[0].shape[:2]
+        shape = (batch * COUNTED_PROPOSALS, channels, self.roi_size, self.roi_size)
+        pooled = levels[0].new_zeros(shape)
+        boxes = [head(pooled) for head in self.box_heads]
+        shape = (batch * COUNTED_DETECTIONS, channels, self.mask_roi_size, self.mask_roi_size)
+        pooled = levels[0].new_zeros(shape)
+        return [*outputs], boxes, [head(pooled) for head in self.mask_heads]
+
+    def _stage_losses(
+        self,
+        levels: list[Tensor],
+        proposals: list[Tensor],
+        targets: list[dict[str, Any]],
+        sizes: list[tuple[int, int]],
+    ) -> dict[str, Tensor]:
+        losses = {}
+        for number, (stage, head) in enumerate(zip(self.stages, self.box_heads, strict=True)):
+            samples = [
+                self._sample(stage, boxes, target)
+                for boxes, target in zip(proposals, targets, strict=True)
+            ]
+            pooled = self._pool(levels, [s.boxes for s in samples], self.roi_size)
+            logits, deltas = head(pooled)
+            with torch.autocast(pooled.device.type, enabled=False):
+                found = self._box_losses(stage, logits, deltas, samples, targets)
+            if self.needs_masks:
+                found["mask"] = self._mask_loss(self.mask_heads[number], levels, samples, targets)
+            suffix = f"_{number}" if len(self.stages) > 1 else ""
+            losses |= {name + suffix: stage.loss_weight * x for name, x in found.items()}
+            if number + 1 < len(self.stages):
+                proposals = self._refined(stage, deltas, samples, sizes)
+        return losses
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _sample(self, stage: Stage, proposals: Tensor, target: dict[str, Any]) -> Sampled:
+        """Match and sample proposals (n, 4) of an image and its ground truths, which count as proposals."""
+        truths = target["boxes"].float()
+        boxes = torch.cat((truths, proposals))
+        matched = match(truths, boxes, positive=stage.iou, negative=stage.iou)
+        chosen = torch.cat(sample(matched, self.roi_batch, self.roi_positive_fraction))
+        return Sampled(boxes[chosen], matched[chosen], chosen < len(truths))
+
+    @torch.compiler.disable
+    def _pool(self, levels: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
+        """Levels and boxes (n_i, 4) per image -> features (sum of n_i, C, size, size), in the maps' type."""
+        levels = levels[: len(self.roi_strides)]
+        return pool(levels, self.roi_strides, boxes, size, self.roi_sampling)
+
+    @torch.compiler.disable
+    def _box_losses(
+        self,
+        stage: Stage,
+        logits: Tensor,
+        deltas: Tensor,
+        samples: list[Sampled],
+        targets: list[dict[str, Any]],
+    ) -> dict[str, Tensor]:
+        """Logits (n, K + 1) and deltas (n, K or 1, 4) of all samples -> losses over their number."""
+        labels, truths = [], []
+        for s, target in zip(samples, targets, strict=True):
+            positive = s.index >= 0
+            label = torch.full_like(s.index, self.num_classes)
+            label[positive] = target["labels"][s.index[positive]]
+            labels.append(label)
+            truths.append(target["boxes"][s.index[positive]].float())
+        label = torch.cat(labels)
+        (positive,) = torch.where(label < self.num_classes)
+        boxes = torch.cat([s.boxes for s in samples])[positive]
+        wanted = encode(torch.cat(truths), boxes, stage.weights)
+        column = torch.zeros_like(positive) if self.class_agnostic else label[positive]
+        found = deltas[positive, column]
+        count = max(1, len(label))
+        box = F.smooth_l1_loss(found, wanted, reduction="sum", beta=self.smooth_l1_beta)
+        return {"cls": F.cross_entropy(logits, label, reduction="sum") / count, "box": box / count}
+
+    def _mask_loss(
+        self,
+        head: nn.Module,
+        levels: list[Tensor],
+        samples: list[Sampled],
+        targets: list[dict[str, Any]],
+    ) -> Tensor:
+        """Mean cross entropy of the positive samples' masks, each of the class of its ground truth."""
+        positive = [s.index >= 0 for s in samples]
+        boxes = [s.boxes[p] for s, p in zip(samples, positive, strict=True)]
+        if not sum(len(b) for b in boxes):
+            # Every parameter takes part in every step.
+            return sum((p.sum() for p in head.parameters()), torch.zeros(())).float() * 0
+        logits = head(self._pool(levels, boxes, self.mask_roi_size)).float()
+        index = [s.index[p] for s, p in zip(samples, positive, strict=True)]
+        label = torch.cat([t["labels"][i] for t, i in zip(targets, index, strict=True)])
+        wanted = [
+            mask_targets(t["masks"], i, b, logits.shape[-1])
+            for t, i, b in zip(targets, index, boxes, strict=True)
+        ]
+        logits = logits[torch.arange(len(label), device=label.device), label]
+        with torch.autocast(logits.device.type, enabled=False):
+            return F.binary_cross_entropy_with_logits(logits, torch.cat(wanted))
+
+    @torch.no_grad()
+    def _refined(
+        self,
+        stage: Stage,
+        deltas: Tensor,
+        samples: list[Sampled],
+        sizes: list[tuple[int, int]],
+    ) -> list[Tensor]:
+        """Where a stage without classes moves its samples: the next stage's proposals, per image."""
+        parts = deltas.split([len(s.boxes) for s in samples])
+        return [
+            clip(decode(part[:, 0], s.boxes, stage.weights), size)[~s.is_truth]
+            for part, s, size in zip(parts, samples, sizes, strict=True)
+        ]
+
+    @torch.compiler.disable
+    def _detect(
+        self, levels: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Proposals (n_i, 4) of each image -> its detections."""
+        counts = [len(boxes) for boxes in proposals]
+        logits = []
+        for number, (stage, head) in enumerate(zip(self.stages, self.box_heads, strict=True)):
+            logit, deltas = head(self._pool(levels, proposals, self.roi_size))
+            logits.append(logit)
+            boxes = [
+                clip(decode(part, b[:, None], stage.weights), size)
+                for part, b, size in zip(deltas.split(counts), proposals, sizes, strict=True)
+            ]
+            if number + 1 < len(self.stages):
+                proposals = [b[:, 0] for b in boxes]
+        # The stages' logits are averaged, as in mmdet (Detectron: their probabilities).
+        scores = torch.stack(logits).mean(dim=0).softmax(dim=-1).split(counts)
+        detections = [self._select(b, s) for b, s in zip(boxes, scores, strict=True)]
+        if self.needs_masks:
+            self._add_masks(levels, detections)
+        return detections
+
+    def _select(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
+        """Boxes (n, K or 1, 4) and probabilities (n, K + 1) of an image -> its detections."""
+        boxes = boxes.expand(-1, self.num_classes, 4)
+        proposal, label = torch.where(scores[:, :-1] > self.score_threshold)
+        boxes, scores = boxes[proposal, label], scores[proposal, label]
+        kept = has_area(boxes)
+        boxes, scores, label = boxes[kept], scores[kept], label[kept]
+        kept, scores = self.suppress(boxes, scores, label)
+        return dict(boxes=boxes[kept], scores=scores, labels=label[kept])
+
+    def _add_masks(self, levels: list[Tensor], detections: list[dict[str, Tensor]]) -> None:
+        """Give the detections of each image their "masks"; stages are averaged."""
+        pooled = self._pool(levels, [d["boxes"] for d in detections], self.mask_roi_size)
+        label = torch.cat([d["labels"] for d in detections])
+        row = torch.arange(len(label), device=label.device)
+        masks = [head(pooled).float().sigmoid()[row, label] for head in self.mask_heads]
+        masks = torch.stack(masks).mean(dim=0)
+        for d, part in zip(
+            detections, masks.split([len(d["boxes"]) for d in detections]), strict=True
+        ):
+            d["masks"] = part
+
+
+@register_head("faster_rcnn", task="detection")
+class FasterRCNNHead(TwoStageHead):
+    """Faster R-CNN: one stage, boxes per class."""
+
+    stages = (Stage(iou=0.5, weights=(10.0, 10.0, 5.0, 5.0), loss_weight=1.0),)
+
+
+@register_head("mask_rcnn", task="detection")
+class MaskRCNNHead(FasterRCNNHead):
+    """Mask R-CNN: Faster R-CNN with a mask per class and box."""
+
+    needs_masks = True
+
+
+def sample(matched: Tensor, batch: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices of a random choice of positives and background among `matched` (n,), as of `match`.
+
+    At most `batch` in all and that fraction positive; where positives are missing, background fills up.
+    """
+    (positive,) = torch.where(matched >= 0)
+    (negative,) = torch.where(matched == BACKGROUND)
+    num_positive = min(len(positive), int(batch * positive_fraction))
+    num_negative = min(len(negative), batch - num_positive)
+    positive = positive[torch.randperm(len(positive), device=matched.device)[:num_positive]]
+    negative = negative[torch.randperm(len(negative), device=matched.device)[:num_negative]]
+    return positive, negative
+
+
+def pool(
+    levels: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Sequence[Tensor],
+    size: int,
+    sampling: int = 0,
+) -> Tensor:
+    """RoIAlign of boxes (n_i, 4) per image, each from one level (B, C, h, w) -> (sum of n_i, C, size, size).
+
+    A box of 14 strides (56 pixels at stride 4) or less reads the finest level, one twice as large the next
+    (arXiv:1612.03144, Eq. 1: 224 pixels at stride 16).
+    """
+    index = [torch.full((len(b), 1), i, device=b.device) for i, b in enumerate(boxes)]
+    rois = torch.cat((torch.cat(index), torch.cat(list(boxes)).float()), dim=1)  # (n, 5)
+    side = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
+    level = (side / (14 * strides[0]) + 1e-6).log2().floor().clamp(0, len(levels) - 1)
+    pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
+    for i, (x, stride) in enumerate(zip(levels, strides, strict=True)):
+        (chosen,) = torch.where(level == i)
+        found = roi_align(x.float(), rois[chosen], size, 1 / stride, sampling, aligned=True)
+        pooled.index_copy_(0, chosen, found.to(pooled.dtype))
+    return pooled
+
+
+def mask_targets(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Masks (m, H, W) bool, number `index` (n,) cut out by boxes (n, 4) -> (n, size, size) of 0.0 and 1.0."""
+    rois = torch.cat((index[:, None].to(boxes), boxes), dim=1)
+    found = roi_align(masks[:, None].to(boxes), rois, size, aligned=True)
+    return (found[:, 0] >= 0.5).float()

@@ -1,0 +1,236 @@
+"""Parts of the two-stage detectors: sampling, pooling, mask targets, and losses against literal loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.heads.boxes import BACKGROUND, IGNORED, encode, match
+from models.heads.rcnn import FasterRCNNHead, MaskRCNNHead, Sampled, mask_targets, pool, sample
+
+FEATURES = [dict(channels=8 * 2**i, stride=4 * 2**i) for i in range(4)]
+SMALL = dict(fpn_channels=16, fc_dim=24)
+
+
+def maps_and_images(hw=(64, 96)) -> tuple[list[torch.Tensor], torch.Tensor]:
+    maps = [torch.randn(2, f["channels"], *(side // f["stride"] for side in hw)) for f in FEATURES]
+    return maps, torch.zeros(2, 3, *hw)
+
+
+def target(boxes: list[list[float]], labels: list[int], size=(64, 96)) -> dict:
+    return dict(
+        boxes=torch.tensor(boxes).view(-1, 4),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        size=size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("positives", "background", "expected"),
+    [(50, 200, (8, 24)), (3, 200, (3, 29)), (50, 10, (8, 10)), (0, 0, (0, 0))],
+)
+def test_sampling_fills_up_with_background(positives, background, expected):
+    matched = torch.cat(
+        (
+            torch.arange(positives) % 5,
+            torch.full((background,), BACKGROUND),
+            torch.full((40,), IGNORED),
+        )
+    )
+    matched = matched[torch.randperm(len(matched))]
+    found, empty = sample(matched, 32, 0.25)
+    assert (len(found), len(empty)) == expected
+    assert (matched[found] >= 0).all()
+    assert (matched[empty] == BACKGROUND).all()
+    assert len(torch.cat((found, empty)).unique()) == sum(expected)
+
+
+def test_sampling_is_random():
+    matched = torch.zeros(100, dtype=torch.int64)
+    first, second = sample(matched, 40, 0.5)[0], sample(matched, 40, 0.5)[0]
+    assert set(first.tolist()) != set(second.tolist())
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16)])
+def test_pooled_coordinates_are_the_boxes_own_at_every_level(strides):
+    """Maps that hold x, y and the level's number at the centre of each pixel of the image."""
+    side = 1024
+    levels = []
+    for number, stride in enumerate(strides):
+        centre = (torch.arange(side // stride) + 0.5) * stride
+        y, x = torch.meshgrid(centre, centre, indexing="ij")
+        level = torch.stack((x, y, torch.full_like(x, number)))
+        levels.append(torch.stack((level, level + 10_000)))  # the second image's are told apart
+    sides = torch.tensor([20.0, 111, 113, 223, 225, 447, 449, 900])
+    corner = torch.tensor([64.0, 56.0])
+    boxes = torch.cat((corner.expand(8, 2), corner + sides[:, None]), dim=1)
+    pooled = pool(levels, strides, [boxes, boxes[:3]], 7)
+    assert pooled.shape == (11, 3, 7, 7)
+    step = (torch.arange(7) + 0.5) / 7
+    for i, (box, length) in enumerate(zip(boxes[:, :2], sides, strict=True)):
+        x = (box[0] + step * length).expand(7, 7)
+        y = (box[1] + step * length)[:, None].expand(7, 7)
+        torch.testing.assert_close(pooled[i, :2], torch.stack((x, y)), rtol=0, atol=0.1)
+        level = max(0, min(len(strides) - 1, math.floor(math.log2(length / (14 * strides[0])))))
+        torch.testing.assert_close(pooled[i, 2], torch.full((7, 7), float(level)))
+    torch.testing.assert_close(pooled[8:], pooled[:3] + 10_000)
+
+
+def test_pooling_nothing_gives_nothing():
+    levels = [torch.rand(1, 3, 8, 8, requires_grad=True)]
+    pooled = pool(levels, [4], [torch.zeros(0, 4)], 7)
+    assert pooled.shape == (0, 3, 7, 7)
+
+
+def test_mask_targets_are_the_masks_within_the_boxes():
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[0, 10:30, 20:40] = True
+    masks[1, :, 30:] = True
+    boxes = torch.tensor([[20.0, 10, 40, 30], [20, 10, 60, 30], [20, 0, 40, 40], [0, 0, 10, 10]])
+    found = mask_targets(masks, torch.tensor([0, 0, 1, 1]), boxes, 28)
+    half = torch.zeros(28, 28)
+    half[:, :14] = 1
+    assert found.shape == (4, 28, 28)
+    for part, expected in zip(found, [torch.ones(28, 28), half, 1 - half, half * 0], strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_proposal_losses_equal_a_literal_loop():
+    """All anchors are sampled, as a batch of 100000 has room for them."""
+    head = FasterRCNNHead(
+        FEATURES, 3, **SMALL, rpn_batch=100_000, anchor_scale=4.0, num_maps=2, extra_levels="none"
+    )
+    maps, images = maps_and_images()
+    batch = [
+        target([[0, 0, 90, 60], [10, 0, 96, 64]], [0, 2]),
+        target([], [], size=(64, 64)),
+    ]
+    levels = head.fpn(maps[2:])
+    logits, deltas = head.rpn(levels)
+    anchors = head.rpn.anchors(levels)
+    sizes = [t["size"] for t in batch]
+    found = head.rpn.losses(logits, deltas, anchors, batch, sizes)
+    logits, deltas = torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+    anchors = torch.cat(anchors)
+    cls = box = count = 0.0
+    for i, t in enumerate(batch):
+        matched = match(t["boxes"], anchors, positive=0.7, negative=0.3, low_quality=0.3)
+        for a, m in enumerate(matched.tolist()):
+            centre = (anchors[a, 0] + anchors[a, 2]).item() / 2
+            if m == IGNORED or centre > t["size"][1] - 0.5:
+                continue
+            count += 1
+            p = logits[i, a, 0].sigmoid().item()
+            cls -= math.log(p if m >= 0 else 1 - p)
+            if m >= 0:
+                wanted = encode(t["boxes"][m], anchors[a], (1,) * 4)
+                box += (deltas[i, a] - wanted).abs().sum().item()
+    assert box > 0
+    assert found["rpn_cls"].item() == pytest.approx(cls / count, rel=1e-4)
+    assert found["rpn_box"].item() == pytest.approx(box / count, rel=1e-4)
+    # The same through the whole head.
+    torch.testing.assert_close(head(maps, images, batch)["rpn_box"], found["rpn_box"])
+
+
+@pytest.mark.parametrize("positives", [True, False])
+def test_box_losses_equal_a_literal_loop(positives):
+    head = FasterRCNNHead(FEATURES, 3, **SMALL)
+    batch = [target([[10, 12, 42, 50], [60, 20, 95, 60]], [0, 2]), target([], [])]
+    boxes = [torch.rand(5, 4) * 20 + torch.tensor([0.0, 0, 30, 30]) for _ in batch]
+    index = torch.tensor([1, 0, BACKGROUND, 1, BACKGROUND] if positives else [BACKGROUND] * 5)
+    samples = [
+        Sampled(boxes[0], index, index < -9),
+        Sampled(boxes[1], torch.full((5,), BACKGROUND), index < -9),
+    ]
+    logits, deltas = torch.randn(10, 4), torch.randn(10, 3, 4)
+    (stage,) = head.stages
+    found = head._box_losses(stage, logits, deltas, samples, batch)
+    cls = box = 0.0
+    for row in range(10):
+        truth = index[row].item() if row < 5 else BACKGROUND
+        label = batch[0]["labels"][truth].item() if truth >= 0 else 3
+        cls -= logits[row].log_softmax(0)[label].item()
+        if truth >= 0:
+            wanted = encode(batch[0]["boxes"][truth], boxes[0][row], (10, 10, 5, 5))
+            box += (deltas[row, label] - wanted).abs().sum().item()
+    assert found["cls"].item() == pytest.approx(cls / 10, rel=1e-4)
+    assert found["box"].item() == pytest.approx(box / 10, rel=1e-4)
+
+
+def test_ground_truths_are_proposals_and_their_overlap_decides():
+    head = FasterRCNNHead(FEATURES, 3, **SMALL)
+    t = target([[10, 10, 30, 30], [50, 10, 70, 30]], [0, 2])
+    proposals = torch.tensor([[10.0, 10, 30, 22], [50, 10, 70, 18], [0, 0, 5, 5]])
+    found = head._sample(head.stages[0], proposals, t)
+    rows = {
+        tuple(b.tolist()): (i.item(), g.item())
+        for b, i, g in zip(found.boxes, found.index, found.is_truth, strict=True)
+    }
+    assert rows == {
+        (10, 10, 30, 30): (0, True),
+        (50, 10, 70, 30): (1, True),
+        (10, 10, 30, 22): (0, False),  # IoU 0.6
+        (50, 10, 70, 18): (BACKGROUND, False),  # IoU 0.4
+        (0, 0, 5, 5): (BACKGROUND, False),
+    }
+
+
+def test_mask_loss_is_the_mean_over_the_masks_of_the_true_classes():
+    head = MaskRCNNHead(FEATURES, 3, **SMALL)
+    maps, _ = maps_and_images()
+    levels = head.fpn(maps)
+    masks = torch.zeros(2, 64, 96, dtype=torch.bool)
+    masks[0, 12:30, 10:42] = True
+    masks[1, 20:60, 70:95] = True
+    batch = [
+        target([[10, 12, 42, 50], [60, 20, 95, 60]], [0, 2]) | dict(masks=masks),
+        target([], []) | dict(masks=masks[:0]),
+    ]
+    boxes = torch.tensor([[60.0, 20, 95, 60], [0, 0, 9, 9], [8, 12, 40, 52]])
+    index = torch.tensor([1, BACKGROUND, 0])
+    none = Sampled(boxes[:0], index[:0], index[:0] > 0)
+    found = head._mask_loss(
+        head.mask_heads[0], levels, [Sampled(boxes, index, index > 9), none], batch
+    )
+    pooled = pool(levels[:4], [4, 8, 16, 32], [boxes[[0, 2]], boxes[:0]], 14)
+    logits = head.mask_heads[0](pooled)
+    assert logits.shape == (2, 3, 28, 28)
+    wanted = mask_targets(masks, index[[0, 2]], boxes[[0, 2]], 28)
+    expected = [
+        F.binary_cross_entropy_with_logits(logits[0, 2], wanted[0]),
+        F.binary_cross_entropy_with_logits(logits[1, 0], wanted[1]),
+    ]
+    torch.testing.assert_close(found, sum(expected) / 2)
+
+
+def test_proposals_are_as_many_as_said_in_training_and_evaluation():
+    head = FasterRCNNHead(FEATURES, 3, **SMALL, rpn_candidates=[60, 30], rpn_proposals=[50, 20])
+    maps, _ = maps_and_images()
+    levels = head.fpn(maps)
+    outputs = head.rpn(levels)
+    anchors = head.rpn.anchors(levels)
+    for training, expected in ((True, 50), (False, 20)):
+        head.train(training)
+        proposals = head.rpn.propose(*outputs, anchors, [(64, 96), (64, 64)])
+        assert [len(p) for p in proposals] == [expected] * 2
+        assert proposals[1].max() <= 64
+
+
+def test_the_published_head_has_the_published_size():
+    """By hand for 256 channels, 80 classes and maps of 8, 16, 32 and 64 channels."""
+    head = MaskRCNNHead(FEATURES, 80)
+    conv = 256 * 256 * 9 + 256
+    pyramid = (8 + 16 + 32 + 64 + 4) * 256 + 4 * conv
+    rpn = conv + 3 * (1 + 4) * 257
+    boxes = (256 * 49 + 1) * 1024 + 1025 * 1024 + 1025 * (81 + 320)
+    masks = 4 * conv + (256 * 256 * 4 + 256) + 257 * 80
+    assert sum(p.numel() for p in head.parameters()) == pyramid + rpn + boxes + masks
+    assert head.rpn.anchors.strides == [4, 8, 16, 32, 64]
+    assert head.rpn.anchors([torch.zeros(1, 1, 1, 1)] * 5)[4][1].tolist() == [-256, -256, 256, 256]
+
+
+@pytest.mark.parametrize("key", ["rpn_candidates", "rpn_proposals"])
+def test_numbers_for_training_and_evaluation_are_two(key):
+    with pytest.raises(ValueError, match=rf"{key.upper()}=\[100\] must be two numbers"):
+        FasterRCNNHead(FEATURES, 3, **SMALL, **{key: [100]})
