@@ -14,6 +14,7 @@ import importlib
 import inspect
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -26,10 +27,20 @@ from utils.spelling import nearest
 
 SPLITS = ("train", "val")
 
-_BUILDERS: dict[str, Callable[..., "ImageDataset"]] = {}
-_NUM_CLASSES: dict[str, int] = {}
-_TRAIN_SIZES: dict[str, int] = {}
-_NODES: dict[str, str] = {}
+CLASSIFICATION = "classification"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A registered format, and what is published of the data of its name."""
+
+    builder: Callable[..., "ImageDataset"]
+    node: str
+    num_classes: int | None
+    train_size: int | None
+
+
+_FORMATS: dict[tuple[str, str], Format] = {}  # by task and name
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -89,8 +100,31 @@ class ArrayImages(ImageDataset):
         return self._images[index], int(self._labels[index])
 
 
+class DenseDataset(ImageDataset):
+    """Images as they are stored, with what is to be found in them; see `data/dense/`.
+
+    Attributes:
+        category_ids: what the file calls each label, where it does so by numbers.
+    """
+
+    category_ids: Sequence[int] = ()
+
+    def read(self, index: int) -> tuple[bytes | np.ndarray, dict[str, Any]]:
+        """The encoded file, or a uint8 array (H, W, C), and the target in pixels of the stored image.
+
+        detection: boxes (N, 4) float32 xyxy, labels (N,) int64, iscrowd (N,) bool, masks (COCO segmentations,
+        or None), annotations (COCO's, with labels as categories), image_id, file. segmentation: mask (H, W)
+        uint8 with labels and 255 where ignored, image_id, file.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Read what must be right before training starts, such as all masks; ValueError names the file."""
+
+
 def register_dataset(
     *names: str,
+    task: str = CLASSIFICATION,
     num_classes: int | None = None,
     train_size: int | None = None,
     node: str | None = None,
@@ -98,6 +132,7 @@ def register_dataset(
     """Decorator: make a builder known as DATA.DATASET under each of `names`, case aside.
 
     Args:
+        task: what the labels are for; one name can stand for a format of each task.
         num_classes: where all data of this name has as many; models are counted and timed with it
             when the data is not there.
         train_size: training images that the published data of this name has; runs are planned with it
@@ -110,49 +145,44 @@ def register_dataset(
 
     def decorate(builder: Callable[..., ImageDataset]) -> Callable[..., ImageDataset]:
         for name in names:
-            if name.lower() in _BUILDERS:
-                raise ValueError(f"DATA.DATASET='{name}' is registered twice")
-            _BUILDERS[name.lower()] = builder
-            if num_classes is not None:
-                _NUM_CLASSES[name.lower()] = num_classes
-            if train_size is not None:
-                _TRAIN_SIZES[name.lower()] = train_size
-            _NODES[name.lower()] = node or name.upper()
+            if (task, name.lower()) in _FORMATS:
+                raise ValueError(f"DATA.DATASET='{name}' is registered twice for TASK '{task}'")
+            made = Format(builder, node or name.upper(), num_classes, train_size)
+            _FORMATS[task, name.lower()] = made
         return builder
 
     return decorate
 
 
-def list_datasets() -> list[str]:
-    """All names that DATA.DATASET may have."""
-    return sorted(_BUILDERS)
+def list_datasets(task: str = CLASSIFICATION) -> list[str]:
+    """All names that DATA.DATASET may have for a task."""
+    return sorted(name for known, name in _FORMATS if known == task)
 
 
-def published_num_classes(name: str) -> int | None:
+def published_num_classes(name: str, task: str = CLASSIFICATION) -> int | None:
     """Classes of a format that always has as many, else None; ValueError for an unknown format."""
-    _find(name)
-    return _NUM_CLASSES.get(name.lower())
+    return find_format(name, task).num_classes
 
 
-def published_train_size(name: str) -> int | None:
+def published_train_size(name: str, task: str = CLASSIFICATION) -> int | None:
     """Training images of the published data set of that name, if there is one, else None."""
-    _find(name)
-    return _TRAIN_SIZES.get(name.lower())
+    return find_format(name, task).train_size
 
 
-def dataset_options(name: str) -> set[str]:
+def dataset_options(name: str, task: str = CLASSIFICATION) -> set[str]:
     """Keyword arguments of a format's builder; ValueError for an unknown format."""
-    parameters = list(inspect.signature(_find(name)).parameters)
+    parameters = list(inspect.signature(find_format(name, task).builder).parameters)
     return set(parameters[2:])
 
 
-def dataset_node(name: str) -> str:
+def dataset_node(name: str, task: str = CLASSIFICATION) -> str:
     """Name of the config node below DATA that holds a format's options, if it has any."""
-    _find(name)
-    return _NODES[name.lower()]
+    return find_format(name, task).node
 
 
-def create_dataset(name: str, root: str, split: str, **options: Any) -> ImageDataset:
+def create_dataset(
+    name: str, root: str, split: str, task: str = CLASSIFICATION, **options: Any
+) -> ImageDataset:
     """The images of one split ("train" or "val").
 
     Raises:
@@ -161,17 +191,21 @@ def create_dataset(name: str, root: str, split: str, **options: Any) -> ImageDat
     """
     if split not in SPLITS:
         raise ValueError(f"split='{split}' must be one of {SPLITS}")
-    return _find(name)(root, split, **options)
+    return find_format(name, task).builder(root, split, **options)
 
 
-def _find(name: str) -> Callable[..., ImageDataset]:
-    builder = _BUILDERS.get(name.lower())
-    if builder is None:
+def find_format(name: str, task: str = CLASSIFICATION) -> Format:
+    """The format that DATA.DATASET `name` stands for; ValueError names the nearest ones of the task."""
+    found = _FORMATS.get((task, name.lower()))
+    if found is None:
+        known = list_datasets(task)
+        others = sorted(other for other, own in _FORMATS if own == name.lower())
+        hint = f"it is one for TASK {' or '.join(others)}" if others else ""
+        hint = hint or f"did you mean one of {nearest(name, known)}?"
         raise ValueError(
-            f"DATA.DATASET='{name}' is not a known format; did you mean one of "
-            f"{nearest(name, _BUILDERS)}? All: {list_datasets()}"
+            f"DATA.DATASET='{name}' is not a known format for TASK '{task}'; {hint}; all: {known}"
         )
-    return builder
+    return found
 
 
 def check_same_classes(train: Sequence[str], val: Sequence[str], where: str) -> None:

@@ -1,0 +1,1 @@
+"""Images with boxes, masks or a label for each pixel."""
