@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 
 import models  # noqa: F401  importing it registers every architecture
 from models import registry
+from models.heads import find_head, head_entries
 from models.layers.tokens import to_pair
 from utils.sharding import check_sharding
 from utils.spelling import nearest
@@ -29,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 
 _C = CfgNode()
 _C.BASE = [""]  # parent YAML files, relative to the file that names them, merged first and in order
-_C.TASK = "classification"
+_C.TASK = "classification"  # classification | detection | segmentation
 
 _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # images per process and forward pass
@@ -76,6 +77,23 @@ _C.DATA.PARQUET.TRAIN = ""  # files below DATA_PATH, data/train-*.parquet; '': b
 _C.DATA.PARQUET.VAL = ""
 _C.DATA.PARQUET.IMAGE = "image"  # columns
 _C.DATA.PARQUET.LABEL = "label"
+_C.DATA.SIZE_DIVISOR = 32  # detection, segmentation: batches are padded to multiples of it
+_C.DATA.COCO = CfgNode()  # DATASET: coco, for detection; docs/dense.md has all formats
+_C.DATA.COCO.TRAIN = ""  # json below DATA_PATH; '': annotations/instances_train{2017,}.json
+_C.DATA.COCO.VAL = ""
+_C.DATA.COCO.TRAIN_IMAGES = ""  # folder of its images; '': train{2017,}
+_C.DATA.COCO.VAL_IMAGES = ""
+_C.DATA.ADE20K = CfgNode()  # DATASET: ade20k, for segmentation
+_C.DATA.ADE20K.CLASSES = ""  # file with the names of the classes; '': objectInfo*.txt
+_C.DATA.ADE20K.REDUCE_ZERO_LABEL = True  # label 0 is ignored, and the others count from 1
+_C.DATA.PAIRS = CfgNode()  # DATASET: image_pairs, for segmentation: folders of images and of masks
+_C.DATA.PAIRS.TRAIN_IMAGES = "images/train"
+_C.DATA.PAIRS.TRAIN_MASKS = "annotations/train"
+_C.DATA.PAIRS.VAL_IMAGES = "images/val"
+_C.DATA.PAIRS.VAL_MASKS = "annotations/val"
+_C.DATA.PAIRS.PALETTE = ""  # masks in colours: file with `R G B name` per label
+_C.DATA.PAIRS.CLASSES = ""  # file with a class name per line
+_C.DATA.PAIRS.REDUCE_ZERO_LABEL = False
 
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"  # architecture: a registered name, without regard to case
@@ -89,6 +107,8 @@ _C.MODEL.IN_CHANS = 3  # image channels
 _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.1
 _C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.HEAD = CfgNode()  # of dense tasks; MODEL.HEAD.<TYPE> holds the keywords of models/heads/
+_C.MODEL.HEAD.TYPE = "retinanet"
 
 _C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0
@@ -114,6 +134,7 @@ _C.TRAIN.BCE_THRESHOLD = None  # bce: mixed targets above it become 1, the other
 _C.TRAIN.BCE_SUM = False  # bce: sum over the classes instead of their mean
 _C.TRAIN.FREEZE = []  # prefixes of parameters that are not trained; backbone: all but the classifier
 _C.TRAIN.FREEZE_DEPTH = 0  # the same for so many depths (those of LAYER_DECAY), from the stem on
+_C.TRAIN.FREEZE_BN = False  # the backbone's batch norms keep their statistics and weights
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step | multistep | poly
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between decays
@@ -148,6 +169,7 @@ _C.TRAIN.DISTILLATION.ALPHA = 0.5  # weight of the teacher; the labels have 1 - 
 _C.TRAIN.DISTILLATION.TAU = 1.0  # temperature of soft targets
 _C.TRAIN.TOKEN_LABELS = CfgNode()  # LV-ViT's, for models with an auxiliary head
 _C.TRAIN.TOKEN_LABELS.ENABLE = False
+_C.TRAIN.TOKEN_LABELS.MAPS = ""  # folder of stored labels, LV-ViT's, in place of a teacher
 _C.TRAIN.TOKEN_LABELS.TEACHER = ""  # as in DISTILLATION; names a class for each position
 _C.TRAIN.TOKEN_LABELS.TEACHER_WEIGHTS = ""
 _C.TRAIN.TOKEN_LABELS.TEACHER_SIZE = 0
@@ -177,6 +199,19 @@ _C.AUG.CUTMIX_MINMAX = None  # [smallest, largest] cut, instead of CUTMIX
 _C.AUG.MIXUP_PROB = 1.0
 _C.AUG.MIXUP_SWITCH_PROB = 0.5
 _C.AUG.MIXUP_MODE = "batch"  # batch | pair | elem
+_C.AUG.DETECTION = CfgNode()  # with HFLIP, all that detection's training images undergo
+_C.AUG.DETECTION.SHORT_SIDES = [800]  # pixels, one drawn for each image
+_C.AUG.DETECTION.LONG_SIDE = 1333  # at most
+_C.AUG.DETECTION.CROP = False  # DETR's: half of the images are resized, cropped and resized again
+_C.AUG.DETECTION.CROP_SHORT_SIDES = [400, 500, 600]  # before that crop
+_C.AUG.DETECTION.CROP_SIDES = [384, 600]  # smallest and largest side of that crop
+_C.AUG.DETECTION.PHOTOMETRIC = False
+_C.AUG.SEGMENTATION = CfgNode()  # with HFLIP, all that segmentation's training images undergo
+_C.AUG.SEGMENTATION.RESIZE = [2048, 512]  # long and short side, times a ratio, that images fit into
+_C.AUG.SEGMENTATION.RATIOS = [0.5, 2.0]  # smallest and largest of those ratios
+_C.AUG.SEGMENTATION.CROP = [512, 512]  # height, width
+_C.AUG.SEGMENTATION.MAX_CLASS_SHARE = 0.75  # a crop with more of one class is drawn again
+_C.AUG.SEGMENTATION.PHOTOMETRIC = True
 
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize beyond the size, then crop the centre; else resize to the size
@@ -194,7 +229,20 @@ _C.TEST.ATTACK_EPS = 1.0  # largest change of a pixel, in 1/255 of its range
 _C.TEST.ATTACK_STEPS = 5  # pgd
 _C.TEST.ATTACK_STEP_SIZE = 0.5  # pgd: change per step, in 1/255
 _C.TEST.PREDICTIONS = ""  # a .csv or .parquet file of predictions per image, in the run's folder
-_C.TEST.REPORT = False  # accuracy per class, confusion matrix, calibration error
+# Accuracy per class, confusion matrix, calibration error; dense tasks: the results of each image.
+_C.TEST.REPORT = False
+_C.TEST.PICTURES = 0  # dense tasks: so many images are drawn with what was found, in pictures/
+_C.TEST.DETECTION = CfgNode()
+_C.TEST.DETECTION.SHORT_SIDE = 800  # pixels
+_C.TEST.DETECTION.LONG_SIDE = 1333  # at most
+_C.TEST.DETECTION.EVALUATOR = "auto"  # auto | pycocotools | faster (pip install faster-coco-eval)
+_C.TEST.SEGMENTATION = CfgNode()
+_C.TEST.SEGMENTATION.RESIZE = [2048, 512]  # long and short side that images fit into
+_C.TEST.SEGMENTATION.MODE = "whole"  # whole | slide: overlapping windows, whose logits are averaged
+_C.TEST.SEGMENTATION.CROP = [512, 512]  # slide: height and width of a window
+_C.TEST.SEGMENTATION.STRIDE = [341, 341]  # slide: between windows
+_C.TEST.SEGMENTATION.SCALES = [1.0]  # factors on the size, whose probabilities are averaged
+_C.TEST.SEGMENTATION.FLIP = False  # average with the mirrored image
 
 _C.AMP_ENABLE = True  # the one switch of mixed precision
 _C.AMP_DTYPE = "auto"  # auto: bf16 (else fp16) on a GPU, float32 on the CPU | bf16 | fp16
@@ -216,6 +264,7 @@ _C.EVAL_MODE = False
 _C.THROUGHPUT_MODE = False
 _C.INFO_MODE = False
 _C.PLAN_MODE = False
+_C.INFO_SIZE = []  # pixels, [height, width], that --info counts at; []: DATA.IMG_SIZE
 _C.PLAN = CfgNode()  # what --plan takes for granted where it is not at hand
 _C.PLAN.WORLD_SIZE = 0  # processes; 0, or several at hand: as many as were started
 _C.PLAN.TRAIN_SIZE = 0  # training images; 0: those of the data, or of the data set of that name
@@ -226,6 +275,11 @@ MODE_KEYS = ("EVAL_MODE", "THROUGHPUT_MODE", "INFO_MODE", "PLAN_MODE")
 for _entry in registry.entries():
     _C.MODEL[_entry.node] = CfgNode(
         {name.upper(): copy.deepcopy(field.default) for name, field in _entry.fields.items()}
+    )
+
+for _head in head_entries():
+    _C.MODEL.HEAD[_head.node] = CfgNode(
+        {name.upper(): copy.deepcopy(field.default) for name, field in _head.fields.items()}
     )
 
 # Types beyond that of the default, and those of list elements where the default does not show them.
@@ -248,14 +302,18 @@ _ELEMENTS: dict[str, tuple[type, ...]] = {
     "TRAIN.NO_WEIGHT_DECAY": (str,),
     "TRAIN.LR_SCHEDULER.MULTISTEPS": (int, float),
     "AUG.CUTMIX_MINMAX": (float,),
+    "INFO_SIZE": (int,),
 }
-for _entry in registry.entries():
+for _entry in [*registry.entries(), *head_entries()]:
     for _name, _field in _entry.fields.items():
         _TYPES[_entry.keys[_name]] = _field.types
         _ELEMENTS[_entry.keys[_name]] = _field.elements
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "TASK": ("classification",),
+    "TASK": ("classification", "detection", "segmentation"),
+    "MODEL.HEAD.TYPE": tuple(entry.name for entry in head_entries()),
+    "TEST.DETECTION.EVALUATOR": ("auto", "pycocotools", "faster"),
+    "TEST.SEGMENTATION.MODE": ("whole", "slide"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "DATA.INAT.CATEGORY": (
@@ -294,6 +352,7 @@ _RANGES: dict[str, str] = {
     "DATA.IMG_SIZE": "[1, inf)",
     "DATA.NUM_WORKERS": "[0, inf)",
     "DATA.DECODE_MIN_SIDE": "[0, inf)",
+    "DATA.SIZE_DIVISOR": "[1, inf)",
     "DATA.MEAN": "[0, 1]",
     "DATA.STD": "(0, inf)",
     "DATA.SYNTHETIC.TRAIN_SIZE": "[1, inf)",
@@ -341,6 +400,14 @@ _RANGES: dict[str, str] = {
     "AUG.VFLIP": "[0, 1]",
     "AUG.SCALE": "(0, 1]",
     "AUG.RATIO": "(0, inf)",
+    "AUG.DETECTION.SHORT_SIDES": "[1, inf)",
+    "AUG.DETECTION.LONG_SIDE": "[1, inf)",
+    "AUG.DETECTION.CROP_SHORT_SIDES": "[1, inf)",
+    "AUG.DETECTION.CROP_SIDES": "[1, inf)",
+    "AUG.SEGMENTATION.RESIZE": "[1, inf)",
+    "AUG.SEGMENTATION.RATIOS": "(0, inf)",
+    "AUG.SEGMENTATION.CROP": "[1, inf)",
+    "AUG.SEGMENTATION.MAX_CLASS_SHARE": "(0, 1]",
     "AUG.MIXUP": "[0, inf)",
     "AUG.CUTMIX": "[0, inf)",
     "AUG.CUTMIX_MINMAX": "[0, 1]",
@@ -350,6 +417,14 @@ _RANGES: dict[str, str] = {
     "TEST.ATTACK_EPS": "[0, 255]",
     "TEST.ATTACK_STEPS": "[1, inf)",
     "TEST.ATTACK_STEP_SIZE": "[0, 255]",
+    "TEST.PICTURES": "[0, inf)",
+    "TEST.DETECTION.SHORT_SIDE": "[1, inf)",
+    "TEST.DETECTION.LONG_SIDE": "[1, inf)",
+    "TEST.SEGMENTATION.RESIZE": "[1, inf)",
+    "TEST.SEGMENTATION.CROP": "[1, inf)",
+    "TEST.SEGMENTATION.STRIDE": "[1, inf)",
+    "TEST.SEGMENTATION.SCALES": "(0, inf)",
+    "INFO_SIZE": "[1, inf)",
     "EVAL_FREQ": "[1, inf)",
     "SAVE_FREQ": "[1, inf)",
     "SAVE_KEEP": "[0, inf)",
@@ -358,6 +433,39 @@ _RANGES: dict[str, str] = {
     "SEED": "[0, inf)",
     "PLAN.WORLD_SIZE": "[0, inf)",
     "PLAN.TRAIN_SIZE": "[0, inf)",
+}
+_NOT_EMPTY = (
+    "AUG.DETECTION.SHORT_SIDES",
+    "AUG.DETECTION.CROP_SHORT_SIDES",
+    "TEST.SEGMENTATION.SCALES",
+)
+# Keys that a dense task would silently leave out.
+_CLASSIFICATION_ONLY = (
+    "DATA.ZIP_MODE",
+    "DATA.ON_DEVICE",
+    "DATA.DECODE_MIN_SIDE",
+    "TRAIN.DISTILLATION.TYPE",
+    "TRAIN.TOKEN_LABELS.ENABLE",
+    "AUG.REPEATED_AUG",
+    "TEST.SETS",
+    "TEST.TTA",
+    "TEST.ATTACK",
+    "TEST.PREDICTIONS",
+)
+# Lists that are an interval, and lists that are a pair.
+_INTERVALS = (
+    "AUG.SCALE",
+    "AUG.RATIO",
+    "AUG.CUTMIX_MINMAX",
+    "AUG.DETECTION.CROP_SIDES",
+    "AUG.SEGMENTATION.RATIOS",
+)
+_PAIRS = {
+    "AUG.SEGMENTATION.RESIZE": "[long side, short side]",
+    "AUG.SEGMENTATION.CROP": "[height, width]",
+    "TEST.SEGMENTATION.RESIZE": "[long side, short side]",
+    "TEST.SEGMENTATION.CROP": "[height, width]",
+    "TEST.SEGMENTATION.STRIDE": "[height, width]",
 }
 # Blocks of a stage, or of the whole model: none is no stage. All other ranges are the constructors' own.
 for _entry in registry.entries():
@@ -456,10 +564,24 @@ def validate(config: CfgNode) -> None:
         raise ValueError(
             f"TRAIN.OPTIMIZER.BETAS={betas!r} must have two entries (three for timm's Adan)"
         )
-    for key in ("AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX"):
+    for key in _INTERVALS:
         limits = _get(config, key)
         if limits is not None and (len(limits) != 2 or limits[0] > limits[1]):
             raise ValueError(f"{key}={limits!r} must be [smallest, largest]")
+    for key, meaning in _PAIRS.items():
+        if len(_get(config, key)) != 2:
+            raise ValueError(f"{key}={_get(config, key)!r} must be {meaning}")
+    for key in _NOT_EMPTY:
+        if not _get(config, key):
+            raise ValueError(f"{key}=[] must have at least one entry")
+    if config.TASK != "classification":
+        find_head(config.MODEL.HEAD.TYPE, config.TASK)
+        for key in _CLASSIFICATION_ONLY:
+            if _get(config, key) != _get(_C, key):
+                raise ValueError(
+                    f"{key}={_get(config, key)!r} is for classification: with TASK '{config.TASK}' leave it "
+                    f"{_get(_C, key)!r}"
+                )
     modes = [key for key in MODE_KEYS if config[key]]
     if len(modes) > 1:
         raise ValueError(f"{' and '.join(modes)} exclude each other: set one")
@@ -490,7 +612,7 @@ def checked(key: str, value: Any, source: str) -> Any:
 
 
 def dump(config: CfgNode) -> str:
-    """YAML text that runs the same experiment again; nodes of other architectures are left out."""
+    """YAML text that runs the same experiment again; nodes of other architectures and heads are left out."""
     shown = config.clone()
     shown.defrost()
     del shown["BASE"]
@@ -498,6 +620,9 @@ def dump(config: CfgNode) -> str:
     for entry in registry.entries():
         if entry.node != own:
             del shown.MODEL[entry.node]
+    for head in head_entries():
+        if head.task != config.TASK or head.name != config.MODEL.HEAD.TYPE:
+            del shown.MODEL.HEAD[head.node]
     return shown.dump(sort_keys=False)
 
 
@@ -561,7 +686,7 @@ def _check_range(key: str, value: Any) -> None:
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if key in _RANGES and not all(_within(number, _RANGES[key]) for number in numbers):
         raise ValueError(f"{key}={value!r} must be within {_RANGES[key]}")
-    if key == "DATA.IMG_SIZE":
+    if key == "DATA.IMG_SIZE" or (key == "INFO_SIZE" and value):
         to_pair(value, key)
 
 

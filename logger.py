@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,6 +75,17 @@ def create_logger(
         root.addHandler(handler)
     root.setLevel(logging.INFO)
     return logging.getLogger(name)
+
+
+@contextmanager
+def muted(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep messages up to `level` to themselves; whatever was disabled before stays so."""
+    before = logging.root.manager.disable
+    logging.disable(max(level, before))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class MetricsWriter:

@@ -12,6 +12,8 @@ from models.layers.tokens import to_pair
 
 from . import formats  # noqa: F401  importing it registers every format
 from .decoders import make_decoder
+from .dense.build import build_dense_samples, wants_masks
+from .dense.loader import DenseLoader, DenseSamples
 from .evaluation_sets import (
     EvaluationSet,
     imagenet_names,
@@ -20,9 +22,12 @@ from .evaluation_sets import (
     uses_validation,
 )
 from .finish import Finish, RandomErasing
+from .label_maps import LabelMaps
 from .loader import Loader, Samples, warn_of_too_many_workers
 from .on_device import DeviceLoader, check_on_device
 from .registry import (
+    CLASSIFICATION,
+    DenseDataset,
     ImageDataset,
     check_same_classes,
     create_dataset,
@@ -75,7 +80,7 @@ def build_data(
     share = dict(rank=rank, world_size=world_size, device=device)
     loaders = {split: build_loader(config, split, **share) for split in splits}
     found = [loader.classes for loader in loaders.values()]
-    check_same_classes(found[0], found[-1], f"DATA.DATA_PATH='{config.DATA.DATA_PATH}'")
+    check_same_classes(found[0], found[-1], _source(config))
     check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))
     if rank == 0:
         # Set by torchrun; other launchers do not say how many processes this machine has.
@@ -113,13 +118,16 @@ def build_loader(
             **share,
         )
     else:
-        sampler = EvalBatchSampler(len(dataset), config.DATA.BATCH_SIZE, **share)
+        # Padded beside a larger one, an image of a dense task would not give the same as alone.
+        size = config.DATA.BATCH_SIZE if config.TASK == CLASSIFICATION else 1
+        sampler = EvalBatchSampler(len(dataset), size, **share)
     if cache_mode != "no":
         dataset.cache(sampler.indices())
     samples, finish = build_samples(config, dataset, training), build_finish(config)
     if config.DATA.ON_DEVICE:
         return DeviceLoader(samples, sampler, finish, device=device)
-    return Loader(
+    loader = Loader if config.TASK == CLASSIFICATION else DenseLoader
+    return loader(
         samples,
         sampler,
         finish,
@@ -129,21 +137,27 @@ def build_loader(
     )
 
 
-def build_samples(config: Any, dataset: ImageDataset, training: bool) -> Samples:
+def build_samples(config: Any, dataset: ImageDataset, training: bool) -> Samples | DenseSamples:
     """Augmented uint8 samples of `dataset`, whose decoder is set to DATA.DECODER."""
+    if config.TASK != CLASSIFICATION:
+        return build_dense_samples(config, dataset, training)
     data, aug = config.DATA, config.AUG
     dataset.decode = make_decoder(
         data.DECODER, in_chans=config.MODEL.IN_CHANS, min_side=data.DECODE_MIN_SIDE
     )
+    transform, maps = build_transform(config, training), None
+    if training and config.TRAIN.TOKEN_LABELS.ENABLE and config.TRAIN.TOKEN_LABELS.MAPS:
+        maps = LabelMaps(config.TRAIN.TOKEN_LABELS.MAPS, len(dataset.classes))
     return Samples(
         dataset,
-        build_transform(config, training),
+        transform,
         in_chans=config.MODEL.IN_CHANS,
         seed=config.SEED,
         training=training,
         on_error=data.ON_ERROR,
         arrays=training,  # evaluation resizes by PIL itself, whatever has decoded the image
         erasing=RandomErasing(aug.REPROB, aug.RECOUNT) if training else None,
+        maps=maps,
     )
 
 
@@ -157,19 +171,21 @@ def build_finish(config: Any) -> Finish:
 def build_dataset(config: Any, split: str) -> ImageDataset:
     """The stored images of one split."""
     data = config.DATA
-    accepted = dataset_options(data.DATASET)
+    accepted = dataset_options(data.DATASET, config.TASK)
     options = dict(
         img_size=to_pair(data.IMG_SIZE), in_chans=config.MODEL.IN_CHANS, zip_mode=data.ZIP_MODE
     )
+    if config.TASK != CLASSIFICATION:
+        options["masks"] = wants_masks(config)
     if data.ZIP_MODE and "zip_mode" not in accepted:
         raise ValueError(
             f"DATA.ZIP_MODE=True: the format DATA.DATASET='{data.DATASET}' has no zip files; "
             "set DATA.ZIP_MODE False, or DATA.DATASET imagenet"
         )
-    own = data.get(dataset_node(data.DATASET)) or {}
+    own = data.get(dataset_node(data.DATASET, config.TASK)) or {}
     options |= {name.lower(): value for name, value in own.items()}
     options = {name: value for name, value in options.items() if name in accepted}
-    return create_dataset(data.DATASET, data.DATA_PATH, split, **options)
+    return create_dataset(data.DATASET, data.DATA_PATH, split, config.TASK, **options)
 
 
 def build_transform(config: Any, training: bool) -> Transform:
@@ -203,19 +219,25 @@ def build_transform(config: Any, training: bool) -> Transform:
     )
 
 
-def check_data(config: Any, splits: Sequence[str] = ("train", "val")) -> int:
-    """What can be wrong with the data's keys and files before an image is read -> number of classes.
+def check_data(config: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
+    """What can be wrong with the data's keys and files before an image is read -> class names.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_data`; that files can be read is found out there.
     """
     build_finish(config)
+    found = []
     for split in splits:
         dataset = build_dataset(config, split)
         samples = build_samples(config, dataset, split == "train")
         if config.DATA.ON_DEVICE:
             check_on_device(samples)
-    return dataset_num_classes(config)
+        if isinstance(dataset, DenseDataset):
+            dataset.check()
+        found.append(dataset.classes)
+    check_same_classes(found[0], found[-1], _source(config))
+    check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))
+    return found[0]
 
 
 def build_evaluation_sets(config: Any) -> tuple[list[str], list[EvaluationSet]]:
@@ -246,26 +268,33 @@ def build_evaluation_sets(config: Any) -> tuple[list[str], list[EvaluationSet]]:
     return classes, [open_set(entry, classes, validation) for entry in entries]
 
 
-def check_evaluation(config: Any) -> int:
-    """What can be wrong with the keys and files of an evaluation -> number of classes.
+def check_evaluation(config: Any) -> list[str]:
+    """What can be wrong with the keys and files of an evaluation -> names of the model's classes.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_evaluation_sets`, or a transform that cannot be.
     """
+    if config.TASK != CLASSIFICATION:
+        return check_data(config, ["val"])
     build_finish(config)
     classes, sets = build_evaluation_sets(config)
     for dataset in (part for found in sets for part in found.parts.values()):
         samples = build_samples(config, dataset, training=False)
         if config.DATA.ON_DEVICE:
             check_on_device(samples)
-    return len(classes)
+    return classes
+
+
+def dataset_classes(config: Any) -> list[str]:
+    """Class names of the validation split, checked against MODEL.NUM_CLASSES; reads no image."""
+    classes = build_dataset(config, "val").classes
+    check_num_classes(config.MODEL.NUM_CLASSES, len(classes), _source(config))
+    return classes
 
 
 def dataset_num_classes(config: Any) -> int:
-    """Classes of the validation split, checked against MODEL.NUM_CLASSES; reads no image."""
-    found = len(build_dataset(config, "val").classes)
-    check_num_classes(config.MODEL.NUM_CLASSES, found, _source(config))
-    return found
+    """Number of classes of the validation split, checked against MODEL.NUM_CLASSES."""
+    return len(dataset_classes(config))
 
 
 def train_size(config: Any) -> tuple[int, str]:
@@ -281,7 +310,7 @@ def train_size(config: Any) -> tuple[int, str]:
     except FileNotFoundError as error:
         if config.PLAN.TRAIN_SIZE:
             return config.PLAN.TRAIN_SIZE, "of PLAN.TRAIN_SIZE: the data is not here"
-        published = published_train_size(config.DATA.DATASET)
+        published = published_train_size(config.DATA.DATASET, config.TASK)
         if published is None:
             raise ValueError(
                 f"{error}; without it, set PLAN.TRAIN_SIZE to the number of training images"

@@ -30,10 +30,10 @@ DECODERS = ("pil", "cv2", "simplejpeg")
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 # Reductions that every JPEG library knows, largest first, with OpenCV's flags for colour and gray.
 _REDUCED_FLAGS = {
-    8: (cv2.IMREAD_REDUCED_COLOR_8, cv2.IMREAD_REDUCED_GRAYSCALE_8),
-    4: (cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_GRAYSCALE_4),
-    2: (cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_REDUCED_GRAYSCALE_2),
-    1: (cv2.IMREAD_COLOR, cv2.IMREAD_GRAYSCALE),
+    8: (cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB, cv2.IMREAD_REDUCED_GRAYSCALE_8),
+    4: (cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB, cv2.IMREAD_REDUCED_GRAYSCALE_4),
+    2: (cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB, cv2.IMREAD_REDUCED_GRAYSCALE_2),
+    1: (cv2.IMREAD_COLOR_RGB, cv2.IMREAD_GRAYSCALE),
 }
 
 
@@ -79,9 +79,7 @@ def _decode_cv2(in_chans: int, min_side: int, content: bytes) -> Image.Image | n
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
     except cv2.error:
         pixels = None
-    if pixels is None:
-        return _fallback(content, min_side)
-    return pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return _fallback(content, min_side) if pixels is None else pixels
 
 
 def _decode_simplejpeg(in_chans: int, min_side: int, content: bytes) -> Image.Image | np.ndarray:

@@ -18,9 +18,10 @@ from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from .finish import Erasure, Finish, RandomErasing
+from .label_maps import LabelMaps, MapLabel, MappedLabels
 from .registry import ImageDataset
 from .samplers import EvalBatchSampler, Key, TrainBatchSampler
-from .transforms import Picture, Transform, to_image, to_pixels
+from .transforms import Picture, Transform, draw_window, to_image, to_pixels
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Sample(NamedTuple):
     """An augmented image, uint8 (H, W, C), its label, and what is to be erased of it."""
 
     pixels: np.ndarray
-    label: int
+    label: int | MapLabel
     erasures: list[Erasure]
 
 
@@ -56,12 +57,12 @@ class RawBatch(NamedTuple):
 
     Attributes:
         images: (B, C, H, W) uint8.
-        labels: (B,) int64.
+        labels: (B,) int64, with maps if the samples have some.
         erasures: (K, 6) int64, rows of an `Erasure` behind the number of its image.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | MappedLabels
     erasures: Tensor
 
 
@@ -75,6 +76,7 @@ class Samples(Dataset):
         transform: image with `in_chans` channels -> uint8 array (H, W, in_chans).
         arrays: give decoded images to `transform` as arrays (H, W, in_chans), not as PIL images.
         erasing: draws what is erased of a sample.
+        maps: labels of the positions of images; labels become `MapLabel`s.
         training: whether an unreadable image is replaced by a readable one, or left out (None).
         on_error: "raise", or "skip" unreadable images, logged and counted.
     """
@@ -90,13 +92,17 @@ class Samples(Dataset):
         on_error: str = "raise",
         arrays: bool = False,
         erasing: RandomErasing | None = None,
+        maps: LabelMaps | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"DATA.ON_ERROR='{on_error}' must be one of ['raise', 'skip']")
         self.dataset, self.transform, self.in_chans = dataset, transform, in_chans
         self.seed, self.training, self.on_error = seed, training, on_error
         self.convert = to_pixels if arrays else to_image
-        self.erasing = erasing
+        self.erasing, self.maps = erasing, maps
+        if maps:
+            with preserved_rng():  # what cannot be followed is refused before an image is read
+                draw_window(transform, 256, 256)
         self._skipped = multiprocessing.get_context().Value("q", 0)
 
     @property
@@ -120,15 +126,18 @@ class Samples(Dataset):
         found = self._find(key.index)
         return None if found is None else self.augment(*found, key)
 
-    def augment(self, image: Picture, label: int, key: Key) -> Sample:
+    def augment(self, image: Picture, label: int | MapLabel, key: Key) -> Sample:
         """An image as `read` gives it -> the sample of `key`; leaves the global generators seeded."""
+        if isinstance(label, MapLabel):
+            seed_rng(self.seed, *key)
+            label = label._replace(window=draw_window(self.transform, *image.shape[:2]))
         seed_rng(self.seed, *key)
         pixels = self.transform(image)
         height, width = pixels.shape[:2]
         erasures = self.erasing.draw(random, height, width) if self.erasing else []
         return Sample(pixels, label, erasures)
 
-    def _find(self, index: int) -> tuple[Picture, int] | None:
+    def _find(self, index: int) -> tuple[Picture, int | MapLabel] | None:
         for attempt in range(_MAX_SKIPS):
             # The next one in the dataset's order: the same choice in every run.
             candidate = (index + attempt) % len(self)
@@ -147,10 +156,12 @@ class Samples(Dataset):
             "is the disk still there?"
         )
 
-    def read(self, index: int) -> tuple[Picture, int]:
+    def read(self, index: int) -> tuple[Picture, int | MapLabel]:
         """Stored image with `in_chans` channels, and its label; UnreadableImageError."""
         try:
             image, label = self.dataset[index]
+            if self.maps:
+                label = MapLabel(label, self.maps.read(self.dataset.describe(index)))
             return self.convert(image, self.in_chans), label
         except _READ_ERRORS as error:
             raise UnreadableImageError(
@@ -199,17 +210,31 @@ def collate(samples: Iterable[Sample | None], size: int) -> RawBatch | None:
         height, width, channels = pixels.shape
         if images is None:
             images = np.empty((size, channels, height, width), np.uint8)
-        # Three times as fast as a transposed copy.
-        for plane, values in zip(images[len(labels)], cv2.split(pixels), strict=True):
-            plane[:] = values
+        # OpenCV writes into planes that fit, and would silently make others.
+        assert images.shape[1:] == (channels, height, width), (images.shape, pixels.shape)
+        cv2.split(pixels, list(images[len(labels)]))  # several times as fast as a transposed copy
         erasures += [(len(labels), *erasure) for erasure in erased]
         labels.append(label)
     if images is None:
         return None
     return RawBatch(
         torch.from_numpy(images[: len(labels)]),
-        torch.tensor(labels, dtype=torch.int64),
+        _as_tensors(labels),
         torch.tensor(erasures, dtype=torch.int64).reshape(-1, 1 + len(Erasure._fields)),
+    )
+
+
+def _as_tensors(labels: list[int] | list[MapLabel]) -> Tensor | MappedLabels:
+    if not isinstance(labels[0], MapLabel):
+        return torch.tensor(labels, dtype=torch.int64)
+    numbers, scores, windows = zip(*labels, strict=True)
+    sizes = {part.shape for part in scores}
+    if len(sizes) > 1:
+        raise ValueError(f"TRAIN.TOKEN_LABELS.MAPS: maps must have one size, not {sorted(sizes)}")
+    return MappedLabels(
+        torch.tensor(numbers, dtype=torch.int64),
+        torch.from_numpy(np.stack(scores)),
+        torch.tensor(windows, dtype=torch.float32),
     )
 
 
@@ -284,13 +309,17 @@ class Loader(Split, DataLoader):
         """Batches as the workers make them."""
         return (batch for batch in super().__iter__() if batch is not None)
 
-    def finished(self, batch: RawBatch) -> tuple[Tensor, Tensor]:
+    def finished(self, batch: RawBatch) -> tuple[Tensor, Tensor | MappedLabels]:
         """Images as floats on the device, and labels there."""
-        images, labels = (
-            part if self.device is None else part.to(self.device, non_blocking=True)
-            for part in (batch.images, batch.labels)
-        )
+        images, labels = self._moved(batch.images), batch.labels
+        if isinstance(labels, MappedLabels):
+            labels = MappedLabels(*map(self._moved, labels))
+        else:
+            labels = self._moved(labels)
         return self.finish(images, batch.erasures), labels
+
+    def _moved(self, part: Tensor) -> Tensor:
+        return part if self.device is None else part.to(self.device, non_blocking=True)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return map(self.finished, self.raw_batches())

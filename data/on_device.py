@@ -131,6 +131,10 @@ class DeviceLoader(Split):
 
 def check_on_device(samples: Samples) -> None:
     """ValueError if the samples cannot be made on the device; reads the first image."""
+    if samples.maps:
+        raise ValueError(
+            "DATA.ON_DEVICE=True: TRAIN.TOKEN_LABELS.MAPS are read by workers; set DATA.ON_DEVICE False"
+        )
     if not isinstance(samples.dataset.read(0)[0], np.ndarray):
         raise ValueError(
             "DATA.ON_DEVICE=True: the dataset reads files, and only formats that hold their images as "

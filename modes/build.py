@@ -11,11 +11,20 @@ from yacs.config import CfgNode
 
 from config import output_dir
 from data import dataset_num_classes, published_num_classes
-from logger import create_logger
+from logger import create_logger, muted
 from models import Backbone, build_model
 from models.pretrained import has_averaged_weights, load_pretrained
 from utils.amp import Amp
-from utils.checkpoint import Source, check_classes, choose_source, fetch, load_file
+from utils.checkpoint import (
+    Source,
+    check_classes,
+    check_training_state,
+    choose_source,
+    fetch,
+    is_url,
+    load_file,
+    restore,
+)
 from utils.distributed import Runtime
 from utils.ema import ModelEma
 from utils.seeding import seed_everything, set_deterministic
@@ -59,6 +68,8 @@ def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -
 def freeze(config: CfgNode, model: Backbone) -> None:
     """Take out of training what TRAIN.FREEZE and TRAIN.FREEZE_DEPTH name."""
     frozen = model.freeze(config.TRAIN.FREEZE, config.TRAIN.FREEZE_DEPTH)
+    if config.TRAIN.FREEZE_BN:
+        model.freeze_batch_norms()
     if frozen:
         total = sum(1 for _ in model.parameters())
         _LOG.info(
@@ -88,14 +99,19 @@ def hyper_parameters(config: CfgNode, optimizer: torch.optim.Optimizer) -> list[
 
 
 def load_weights(
-    config: CfgNode, model: nn.Module, source: Source, classes: Sequence[str] = ()
+    config: CfgNode,
+    model: nn.Module,
+    source: Source,
+    classes: Sequence[str] = (),
+    mapped: bool = False,
 ) -> None:
     """Weights of a file of ours or an official one; only a fresh run may replace the classifier.
 
     Args:
         classes: of the data, where they must be those that the weights were trained on.
+        mapped: leave the tensors on the disk until they are used.
     """
-    content = load_file(fetch(source.path))
+    content = load_file(fetch(source.path), mapped)
     fresh = source.kind == "pretrained"
     if not fresh and isinstance(content, dict):
         check_classes(content.get("classes"), classes, source.path)
@@ -112,6 +128,31 @@ def load_weights(
         use_ema=averaged,
         new_head=fresh,
     )
+
+
+def check_weights(
+    config: CfgNode, model: nn.Module, source: Source, classes: Sequence[str] = ()
+) -> None:
+    """Look whether a run can start from `source`: names, shapes and classes, without reading the weights.
+
+    What the run will warn of is not said. A URL is left to the run.
+
+    Args:
+        model: on the meta device; it is not to be used afterwards.
+
+    Raises:
+        ValueError: the file is damaged or no checkpoint, or does not fit the model or the data.
+    """
+    if source.kind == "scratch" or is_url(source.path):
+        return
+    with muted():
+        if source.kind != "resume":
+            load_weights(config, model, source, classes, mapped=True)
+            return
+        state = load_file(source.path, mapped=True)
+        parts = ["model", "optimizer", "scheduler", "scaler", *["ema"] * config.TRAIN.EMA.ENABLE]
+        check_training_state(state, source.path, parts, classes)
+        restore(model, state, "model", source.path, assign=True)
 
 
 def find_source(config: CfgNode, mode: str, last: Path) -> Source:
@@ -138,7 +179,7 @@ def known_classes(config: CfgNode) -> int | None:
         return dataset_num_classes(config)
     except FileNotFoundError:
         configured = config.MODEL.NUM_CLASSES is not None
-        return None if configured else published_num_classes(config.DATA.DATASET)
+        return None if configured else published_num_classes(config.DATA.DATASET, config.TASK)
 
 
 def compiled(config: CfgNode, model: nn.Module) -> nn.Module:

@@ -11,19 +11,19 @@ from tasks.classification_report import check_predictions_file
 from utils.amp import Amp
 from utils.distributed import Runtime
 
-from .build import build_placed, find_source, freeze, known_classes
+from .build import build_placed, check_weights, find_source, freeze, known_classes
 from .planning import make_plan
 
 
 def check(config: CfgNode, runtime: Runtime) -> None:
     """Stop a run that cannot succeed before it writes anything.
 
-    The model is built without memory behind it; no image and no weights are read, and the images of
-    folders, which take long to list, are left to the run.
+    The model is built without memory behind it; no image is read, of weights only names and shapes, and the
+    images of folders, which take long to list, are left to the run.
 
     Raises:
         ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
-            cannot train, or missing weights.
+            cannot train, or weights that are missing, damaged, or of another model or other classes.
         FileNotFoundError: the data is not there.
     """
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
@@ -33,11 +33,12 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         return
     if mode in ("train", "EVAL_MODE"):
         classes = check_data(config) if mode == "train" else check_evaluation(config)
-        task = build_task(config, classes)
+        num_classes = len(classes)
+        task = build_task(config, num_classes)
     else:
-        classes = known_classes(config)
+        classes, num_classes = [], known_classes(config)
     with torch.device("meta"):
-        model = build_placed(config, classes, torch.device("meta"))
+        model = build_placed(config, num_classes, torch.device("meta"))
     if mode == "train":
         task.check(model)
         freeze(config, model)
@@ -46,4 +47,5 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         check_predictions_file(config.TEST.PREDICTIONS)
     # Timing and counting take weights if they are given, and need none.
     kind = {"train": "train", "EVAL_MODE": "eval"}.get(mode, "throughput")
-    find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")
+    source = find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")
+    check_weights(config, model, source, classes)

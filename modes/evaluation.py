@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 
 from config import output_dir
 from data import VAL, EvaluationSet, NumberedImages, build_evaluation_sets, build_loader
-from data.registry import ImageDataset
+from data.registry import CLASSIFICATION, ImageDataset
 from data.transforms import channel_stats
 from engine import evaluate
 from engine.attacks import GradientAttack, build_attack
@@ -22,6 +22,7 @@ from utils.amp import Amp
 from utils.distributed import Runtime
 
 from .build import build_placed, compiled, load_weights, set_up, source_of
+from .dense_evaluation import evaluate_dense
 from .results import report_skipped, write_json
 
 _LOG = logging.getLogger(__name__)
@@ -132,6 +133,11 @@ class Evaluation:
 
 
 def evaluate_only(config: CfgNode, runtime: Runtime) -> None:
+    """Score one file of weights on what the task is scored on."""
+    {CLASSIFICATION: evaluate_sets}.get(config.TASK, evaluate_dense)(config, runtime)
+
+
+def evaluate_sets(config: CfgNode, runtime: Runtime) -> None:
     """Score exactly the file that --resume (or --pretrained) names, on TEST.SETS; never trains."""
     amp = set_up(config, runtime)
     folder = output_dir(config)

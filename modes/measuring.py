@@ -24,14 +24,17 @@ def throughput_only(config: CfgNode, runtime: Runtime) -> None:
         load_weights(config, model, source)
     model, _ = amp.prepare(model)
     result = time_model(config, amp, model, runtime.device)
-    _LOG.info(
-        "batch_size %d throughput %.1f (images/s, median of %d; %.1f to %.1f)",
-        result["batch_size"],
-        result["img_per_s"],
-        result["repeats"],
-        result["img_per_s_min"],
-        result["img_per_s_max"],
-    )
+    parts = {name: found for name, found in result.items() if isinstance(found, dict)}
+    for name, timed in {"": result, **parts}.items():
+        _LOG.info(
+            "%sbatch_size %d throughput %.1f (images/s, median of %d; %.1f to %.1f)",
+            f"{name} alone: " if name else "",
+            timed["batch_size"],
+            timed["img_per_s"],
+            timed["repeats"],
+            timed["img_per_s_min"],
+            timed["img_per_s_max"],
+        )
     write_json(folder / "throughput.json", result, runtime)
     _LOG.info("written: %s", folder / "throughput.json")
 

@@ -34,11 +34,16 @@ def write_json(path: Path, content: dict[str, Any], runtime: Runtime) -> None:
 def count_model(
     config: CfgNode, model: nn.Module, images: torch.Tensor | None = None
 ) -> Complexity:
-    """Costs of one image at the config's size; the mean over `images` (B, C, H, W) if given."""
+    """Costs of one image of `info_size`; the mean over `images` (B, C, H, W) if given."""
     if images is not None:
         _LOG.info("counting the mean over %d validation images", len(images))
         return count(model, images).per_image()
-    return count(model, (config.MODEL.IN_CHANS, *to_pair(config.DATA.IMG_SIZE)))
+    return count(model, (config.MODEL.IN_CHANS, *info_size(config)))
+
+
+def info_size(config: CfgNode) -> tuple[int, int]:
+    """Height and width that costs are counted at."""
+    return to_pair(config.INFO_SIZE or config.DATA.IMG_SIZE)
 
 
 def some_images(config: CfgNode) -> torch.Tensor | None:
@@ -50,22 +55,26 @@ def some_images(config: CfgNode) -> torch.Tensor | None:
 
 
 def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Throughput and latency of a deployed copy, with what they depend on."""
+    """Throughput and latency of a deployed copy, with what they depend on; those of its parts by name."""
     model = fold_batch_norms(model)
-    timed = measure_throughput(
-        compiled(config, model),
-        batch_size=config.DATA.BATCH_SIZE,
-        image_size=to_pair(config.DATA.IMG_SIZE),
-        in_chans=config.MODEL.IN_CHANS,
-        device=device,
-        amp=amp,
-        channels_last=config.CHANNELS_LAST,
-    )
+
+    def timed(part: nn.Module) -> dict[str, Any]:
+        return measure_throughput(
+            compiled(config, part),
+            batch_size=config.DATA.BATCH_SIZE,
+            image_size=to_pair(config.DATA.IMG_SIZE),
+            in_chans=config.MODEL.IN_CHANS,
+            device=device,
+            amp=amp,
+            channels_last=config.CHANNELS_LAST,
+        )
+
     return dict(
         model=config.MODEL.NAME,
         compile=config.COMPILE,
         compile_mode=config.COMPILE_MODE if config.COMPILE else None,
-        **timed,
+        **timed(model),
+        **{name: timed(part) for name, part in model.timed_parts().items()},
     )
 
 

@@ -15,7 +15,6 @@ from data import build_data
 from engine import evaluate, train_epoch
 from logger import MetricsWriter
 from lr_scheduler import build_scheduler
-from models.layers.tokens import to_pair
 from optimizer import build_optimizer
 from tasks import build_task
 from utils.checkpoint import Checkpointer, fetch
@@ -36,7 +35,7 @@ from .build import (
     synchronise_batch_norm,
     wrap,
 )
-from .results import count_model, duration, report_skipped, time_model, write_json
+from .results import count_model, duration, info_size, report_skipped, time_model, write_json
 
 _LOG = logging.getLogger(__name__)
 
@@ -212,7 +211,7 @@ class TrainingRun:
         curves = folder / "curves.png"
         plot_training(folder / "metrics.jsonl", curves, self.task.metric, config.MODEL.NAME)
         cost = count_model(config, self.copy.module if self.copy else self.scored)
-        size = "x".join(map(str, to_pair(config.DATA.IMG_SIZE)))
+        size = "x".join(map(str, info_size(config)))
         scores = self.task.describe(best["metrics"]).strip(" *")
         files = ", ".join(sorted(path.name for path in folder.iterdir() if path != curves))
         lines = [

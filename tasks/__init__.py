@@ -4,13 +4,13 @@ A batch is `(inputs, targets)`: inputs is a tensor (B, C, H, W), or a list of te
 images keep their own size; targets is anything nested of tensors that the task understands.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import classification
+from . import classification, detection, segmentation
 
 __all__ = ["Evaluator", "Task", "build_task"]
 
@@ -54,9 +54,22 @@ class Task(Protocol):
     def describe(self, metrics: dict[str, float]) -> str:
         """The metrics that a person reads first, as one log line."""
 
+    # Of dense tasks only:
+
+    def picture(
+        self, image: Tensor, found: Any, target: Mapping[str, Any], classes: Sequence[str] = ()
+    ) -> Tensor:
+        """The ground truth of one image beside what `predict` found in it, uint8 (3, H, W').
+
+        Args:
+            image: the stored one, uint8 (3, H, W).
+        """
+
 
 _BUILDERS: dict[str, Callable[[Any, int, torch.device | None], Task]] = {
-    "classification": classification.build_task
+    "classification": classification.build_task,
+    "detection": detection.build_task,
+    "segmentation": segmentation.build_task,
 }
 
 

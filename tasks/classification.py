@@ -9,11 +9,9 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from utils.wrappers import unwrap
-
 from .classification_metrics import ClassificationEvaluator, SetEvaluator
 from .distillation import build_distillation
-from .objective import LabelLoss, Objective, training_outputs
+from .objective import LabelLoss, Objective, training_outputs, with_auxiliary
 from .token_labels import build_token_labelling
 
 __all__ = ["ClassificationEvaluator", "ClassificationTask", "build_task", "is_mixing"]
@@ -79,11 +77,7 @@ class ClassificationTask:
         loss, parts = (self.objective or _learn_labels)(
             model, *self._mixed(*batch), self.label_loss
         )
-        auxiliary = _auxiliary_losses(model)
-        return {
-            "loss": sum(auxiliary.values(), start=loss),
-            **{f"loss_{name}": value for name, value in (parts | auxiliary).items()},
-        }
+        return with_auxiliary(model, loss, parts)
 
     def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, K) against indices (B,), or against mixed, smoothed shares (B, K) -> a scalar."""
@@ -197,9 +191,3 @@ def _learn_labels(
     heads = outputs if isinstance(outputs, tuple) else (outputs,)
     loss = sum(label_loss(logits, targets) for logits in heads) / len(heads)
     return loss, {"cls": loss}
-
-
-def _auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Losses that the bare model computed itself in its last forward; plain modules have none."""
-    aux_losses = getattr(unwrap(model), "aux_losses", None)
-    return aux_losses() if aux_losses else {}

@@ -1,6 +1,5 @@
 """What an evaluation writes beside its figures: predictions per image, accuracy per class, confusions."""
 
-import csv
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.plotting import plot_confusion
+from utils.tables import write_rows
 
 from .classification_metrics import Predictions, SetEvaluator
 
@@ -63,7 +63,7 @@ def write_predictions(
 
         parquet.write_table(pyarrow.table(columns), path)
     else:
-        _write_rows(path, list(columns), zip(*columns.values(), strict=True))
+        write_rows(path, list(columns), zip(*columns.values(), strict=True))
 
 
 def write_report(folder: Path, name: str, evaluator: SetEvaluator, classes: Sequence[str]) -> None:
@@ -77,7 +77,7 @@ def write_report(folder: Path, name: str, evaluator: SetEvaluator, classes: Sequ
     names = [classes[label] for label in evaluator.classes]
     counts = evaluator.confusion.tolist()
     accuracies = evaluator.class_accuracies().tolist()
-    _write_rows(
+    write_rows(
         folder / f"per_class{name}.csv",
         ["label", "class", "images", "acc1"],
         (
@@ -87,16 +87,9 @@ def write_report(folder: Path, name: str, evaluator: SetEvaluator, classes: Sequ
             )
         ),
     )
-    _write_rows(
+    write_rows(
         folder / f"confusion{name}.csv",
         ["class", *names],
         ([own, *row] for own, row in zip(names, counts, strict=True)),
     )
     plot_confusion(evaluator.confusion.numpy(), names, folder / f"confusion{name}.png")
-
-
-def _write_rows(path: Path, header: Sequence[str], rows: Any) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.pretrained import has_averaged_weights, load_pretrained
-from utils.checkpoint import fetch, load_file
+from utils.checkpoint import fetch, is_url, load_file
 from utils.spelling import nearest
 
 _TIMM = "timm:"
@@ -118,7 +118,8 @@ def load_teacher(
         weights: a checkpoint, whose averaged weights are taken if it has some. timm's models do without:
             theirs are then the published ones, fetched by timm.
         num_classes: classes of the student, which the teacher must know.
-        device: None only looks whether it can be had, and returns it without memory behind it.
+        device: None only looks whether it can be had (a URL is left to the run), and returns it without
+            memory of its own.
 
     Raises:
         ValueError: there is no such network or file, or it has other classes; says what to set.
@@ -136,17 +137,17 @@ def load_teacher(
             f"{section}.TEACHER_WEIGHTS is empty: {section}.TEACHER='{name}' has not learnt anything yet; "
             "name a checkpoint"
         )
-    is_url = weights.startswith(("http://", "https://"))
-    if weights and not is_url and not Path(weights).is_file():
+    if weights and not is_url(weights) and not Path(weights).is_file():
         raise ValueError(f"{section}.TEACHER_WEIGHTS='{weights}' does not exist")
     sizes = dict(num_classes=num_classes, in_chans=in_chans)
     if device is None:
         with torch.device("meta"):
-            return _build(section, name, False, sizes)
-    with torch.random.fork_rng(devices=[]):
-        network = _build(section, name, is_timm and not weights, sizes)
-    if weights:
-        content = load_file(fetch(weights))
+            network = _build(section, name, False, sizes)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            network = _build(section, name, is_timm and not weights, sizes)
+    if weights and not (device is None and is_url(weights)):
+        content = load_file(fetch(weights), mapped=device is None)
         try:
             load_pretrained(
                 network,
@@ -160,7 +161,7 @@ def load_teacher(
                 f"{section}.TEACHER='{name}' must have the student's {num_classes} classes and "
                 f"{in_chans} channels, and be what TEACHER_WEIGHTS is of: {error}"
             ) from error
-    return network.to(device)
+    return network if device is None else network.to(device)
 
 
 def _build(section: str, name: str, pretrained: bool, sizes: dict[str, int]) -> nn.Module:

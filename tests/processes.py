@@ -1,4 +1,4 @@
-"""Two processes that find each other, started as a launcher starts them; and a run that is cut off."""
+"""Processes that find each other, started as a launcher starts them; and a run that is cut off."""
 
 import os
 import socket
@@ -25,9 +25,16 @@ def run_on_two_processes(
     script: str, *arguments: str, timeout: float, folder: Path | None = None
 ) -> list[str]:
     """What each process printed; AssertionError with it if one failed."""
+    return run_on_processes(2, script, *arguments, timeout=timeout, folder=folder)
+
+
+def run_on_processes(
+    count: int, script: str, *arguments: str, timeout: float, folder: Path | None = None
+) -> list[str]:
+    """`run_on_two_processes` with another number of them."""
     launchers = ("SLURM", "OMPI", "PMI")  # of the tests themselves
     env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-    env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count))
     env |= dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     workers = [
         subprocess.Popen(
@@ -38,7 +45,7 @@ def run_on_two_processes(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         outputs = [worker.communicate(timeout=timeout)[0] for worker in workers]

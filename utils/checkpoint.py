@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +58,15 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     _write_atomically(Path(path), lambda file: torch.save(dict(state), file))
 
 
-def load_file(path: str | Path) -> Any:
+def load_file(path: str | Path, mapped: bool = False) -> Any:
     """Content of a checkpoint of MixLab or of the lineage, on the CPU, without running code from it.
 
     Allowed beside tensors and plain data is what published checkpoints hold: argparse.Namespace, yacs
     CfgNode (it becomes a dict), NumPy numbers, and paths. `.safetensors` files are a dict of tensors, those
     of `save_safetensors` one with the weights under `model` and the facts beside them.
+
+    Args:
+        mapped: leave the tensors on the disk until they are used (files of before PyTorch 1.6 are read).
 
     Raises:
         ValueError: there is no such file, it is damaged, or it holds anything else.
@@ -84,7 +87,8 @@ def load_file(path: str | Path) -> Any:
         )
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and start.startswith(b"PK")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = _refused_globals(path, str(error))
         if not refused:
@@ -157,7 +161,7 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
 
     All processes call it; rank 0 downloads first, the others find the file, or fetch their machine's.
     """
-    if not source.startswith(("http://", "https://")):
+    if not is_url(source):
         return Path(source)
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     # Many releases are called model.pth: the URL's hash keeps them apart.
@@ -172,6 +176,11 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
     if failure is not None:
         raise ValueError(f"cannot download {source}: {failure}")
     return target
+
+
+def is_url(source: str) -> bool:
+    """Whether `fetch` would download it."""
+    return source.startswith(("http://", "https://"))
 
 
 def _download(url: str, target: Path) -> str | None:
@@ -339,7 +348,7 @@ def choose_source(
 
 
 def _existing(path: str) -> str:
-    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
+    if not is_url(path) and not Path(path).is_file():
         raise ValueError(_missing(Path(path)))
     return path
 
@@ -374,6 +383,47 @@ def check_classes(saved: Any, current: Sequence[str], path: str | Path) -> None:
     if sorted(saved) == sorted(current):
         raise ValueError(f"{fault}; these are the same classes in another order: number them alike")
     _LOG.warning("%s; if they do not mean the same, so do the results not", fault)
+
+
+def check_training_state(
+    state: Any, path: str | Path, parts: Iterable[str], classes: Sequence[str]
+) -> None:
+    """Look whether a run can be continued from the content of a file.
+
+    Args:
+        parts: names of what the run needs from it.
+        classes: of the data.
+
+    Raises:
+        ValueError: it is no training checkpoint of this format, it lacks a part, or its classes are those of
+            the data in another order.
+    """
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "progress" not in state:
+        raise ValueError(
+            f"{path} is no training checkpoint of MixLab (format {FORMAT}): its weights alone load "
+            "with --pretrained"
+        )
+    check_classes(state.get("classes"), classes, path)
+    for name in parts:
+        if state.get(name) is None:
+            raise ValueError(
+                f"{path} has no '{name}', which this run needs: train with the settings that the "
+                "checkpoint was written with, or start from its weights with --pretrained"
+            )
+
+
+def restore(
+    part: Any, state: Mapping[str, Any], name: str, path: str | Path, **keywords: Any
+) -> None:
+    """Load entry `name` of a file's content into a part of a run; ValueError if it does not fit.
+
+    Args:
+        keywords: of the part's `load_state_dict`.
+    """
+    try:
+        part.load_state_dict(state[name], **keywords)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"'{name}' of {path} does not fit this run: {error}") from error
 
 
 # -- the checkpoints of a run --------------------------------------------------------------------------
@@ -487,27 +537,13 @@ class Checkpointer:
             ValueError: the file is no training checkpoint of this format, or does not fit the run.
         """
         state = load_file(path)
-        if not isinstance(state, dict) or state.get("format") != FORMAT or "progress" not in state:
-            raise ValueError(
-                f"{path} is no training checkpoint of MixLab (format {FORMAT}): its weights alone load "
-                "with --pretrained"
-            )
-        check_classes(state.get("classes"), self._run["classes"], path)
-        for name, part in self.parts.items():
-            saved = state.get(name)
-            if part is None:
-                if saved is not None:
-                    _LOG.warning("%s has '%s', which this run does not use", path, name)
-                continue
-            if saved is None:
-                raise ValueError(
-                    f"{path} has no '{name}', which this run needs: train with the settings that the "
-                    "checkpoint was written with, or start from its weights with --pretrained"
-                )
-            try:
-                part.load_state_dict(saved)
-            except (RuntimeError, KeyError, ValueError) as error:
-                raise ValueError(f"'{name}' of {path} does not fit this run: {error}") from error
+        used = {name: part for name, part in self.parts.items() if part is not None}
+        check_training_state(state, path, used, self._run["classes"])
+        for name in self.parts:
+            if name not in used and state.get(name) is not None:
+                _LOG.warning("%s has '%s', which this run does not use", path, name)
+        for name, part in used.items():
+            restore(part, state, name, path)
         rank, saved_ranks = distributed.get_rank(), len(state["rng"])
         if saved_ranks == distributed.get_world_size():
             set_rng_state(state["rng"][rank])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .names import is_under
 from .wrappers import unwrap
 
 _LOG = logging.getLogger(__name__)
@@ -263,7 +264,7 @@ def _flops(
 
 
 def _inside(leaf: str, name: str) -> bool:
-    return not name or leaf == name or leaf.startswith(name + ".")
+    return not name or is_under(leaf, name)  # the whole model has no name
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -276,6 +276,15 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def gather_object(value: Any) -> list[Any] | None:
+    """Every process's `value`, by rank, in the main process; None in the others. Values are pickled."""
+    if not _has_group():
+        return [value]
+    values = [None] * dist.get_world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The `value` of process `source`, in every process; it is pickled."""
     if not _has_group():

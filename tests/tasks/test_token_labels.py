@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import main as program
@@ -280,11 +281,44 @@ def test_a_run_with_token_labels(tmp_path, monkeypatch):
     assert "aux_head.weight" in state
 
 
+def test_a_run_with_stored_label_maps_teaches_what_they_say(tmp_path, monkeypatch):
+    """Maps instead of a teacher, from the files to the loss; no teacher is asked."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(8):
+                noise = np.random.default_rng(number).integers(0, 255, (70, 70, 3), np.uint8)
+                Image.fromarray(noise).save(tmp_path / "data" / split / name / f"{number}.png")
+        (tmp_path / "maps" / name).mkdir(parents=True)
+        for number in range(8):
+            stored = torch.stack([torch.full((1, 3, 3), 20.0), torch.ones(1, 3, 3)]).half()
+            torch.save(stored, tmp_path / "maps" / name / f"{number}.pt")
+    folder = run(
+        "student", "MODEL.DILATEFORMER.AUX_HEAD", True, "TRAIN.TOKEN_LABELS.ENABLE", True,
+        "TRAIN.TOKEN_LABELS.MAPS", tmp_path / "maps", "AUG.MIXUP", 0, "AUG.CUTMIX", 0,
+        "DATA.DATASET", "folder", "DATA.DATA_PATH", tmp_path / "data", "TRAIN.MAX_STEPS", 12,
+        "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 0.5,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss_tokens"] for line in lines if line["kind"] == "train"]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.2)
+    assert losses[-1] < 0.3 * losses[0], "every position learns that it is a dog"
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
         ([], "mixes images by itself (MIX_ALPHA): AUG.MIXUP=0.8"),
         (["AUG.MIXUP", 0, "AUG.CUTMIX", 0], "TOKEN_LABELS.TEACHER is empty"),
+        (
+            [
+                *("AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.TOKEN_LABELS.TEACHER", "x"),
+                "TRAIN.TOKEN_LABELS.MAPS",
+                ".",
+            ],
+            "exclude each other: leave one of them empty",
+        ),
         (["TRAIN.TOKEN_LABELS.WEIGHT", -1], "WEIGHT=-1.0 must be within"),
     ],
 )

@@ -41,6 +41,7 @@ def test_helpers_work_without_a_group():
     total = distributed.all_reduce_sum(torch.tensor([2.0]))
     assert total.item() == 2
     assert distributed.all_gather_object("a") == ["a"]
+    assert distributed.gather_object("a") == ["a"]
     assert distributed.broadcast_object({"b": 1}) == {"b": 1}
     assert distributed.is_main()
     assert (distributed.get_rank(), distributed.get_world_size()) == (0, 1)
@@ -199,6 +200,7 @@ rank = runtime.rank
 one = torch.tensor([rank + 1.0])
 assert distributed.all_reduce_sum(one).item() == 3 and one.item() == rank + 1
 assert distributed.all_gather_object({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+assert distributed.gather_object(rank) == ([0, 1] if rank == 0 else None)
 assert distributed.broadcast_object(f"from {rank}", source=1) == "from 1"
 assert distributed.is_main() == (rank == 0)
 distributed.barrier()

@@ -1,0 +1,103 @@
+"""Semantic segmentation: one label per pixel, some of which do not count."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.heads.pixels import IGNORED
+from utils.pictures import draw_labels, legend, side_by_side
+
+from .objective import check_task, with_auxiliary
+from .segmentation_metrics import SegmentationEvaluator
+from .windows import Looks
+
+__all__ = ["SegmentationEvaluator", "SegmentationTask", "build_task"]
+
+
+class SegmentationTask:
+    """The head makes the losses; here they are summed, and images of any size get their label maps.
+
+    Args:
+        num_classes: K, from 2 to 255: masks are of 8 bits, and 255 is for pixels that do not count.
+        looks: how an image is shown to the model; None is as a whole.
+    """
+
+    metric = "mIoU"
+
+    def __init__(self, num_classes: int, looks: Looks | None = None) -> None:
+        if not 2 <= num_classes <= IGNORED:
+            raise ValueError(
+                f"MODEL.NUM_CLASSES={num_classes}: segmentation needs from 2 to {IGNORED} classes"
+            )
+        self.num_classes = num_classes
+        self.looks = looks or Looks()
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError unless `model` has a head for segmentation; runs nothing."""
+        check_task(model, "segmentation")
+
+    def losses(
+        self, model: nn.Module, batch: tuple[Tensor, list[dict[str, Any]]]
+    ) -> dict[str, Tensor]:
+        """Images (B, C, H, W) and targets with masks of their size -> loss, its parts, the model's own."""
+        parts = model(*batch)
+        return with_auxiliary(model, sum(parts.values()), parts)
+
+    def predict(self, model: nn.Module, batch: tuple[Tensor, list[dict[str, Any]]]) -> list[Tensor]:
+        """Images and targets with `size` and `original_size` -> labels (H, W) uint8 at each original size."""
+        results = []
+        for image, target in zip(*batch, strict=True):
+            height, width = target["size"]
+            size = tuple(target["original_size"])
+            results.append(self.looks.labels(model, image[:, :height, :width], size))
+        return results
+
+    def evaluator(
+        self, classes: Sequence[str] = (), category_ids: Sequence[int] = (), record: bool = False
+    ) -> SegmentationEvaluator:
+        """A fresh evaluator for one pass over a loader."""
+        return SegmentationEvaluator(
+            self.num_classes, classes=classes, category_ids=category_ids, record=record
+        )
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        """In the words of mmsegmentation's logs."""
+        return (
+            f" * mIoU {metrics['mIoU']:.2f} mAcc {metrics['mAcc']:.2f} aAcc {metrics['aAcc']:.2f} "
+            f"({metrics['images']:.0f} images)"
+        )
+
+    def picture(
+        self, image: Tensor, found: Tensor, target: Mapping[str, Any], classes: Sequence[str] = ()
+    ) -> Tensor:
+        """The labels of an image (left) beside those that were found, and the names of their colours.
+
+        Args:
+            image: the stored one, (3, H, W) uint8; it shows through where a pixel does not count.
+            found: of `predict`.
+            target: with `mask` (H, W).
+        """
+        maps = [labels.cpu() for labels in (target["mask"], found)]
+        names = classes or [str(label) for label in range(self.num_classes)]
+        shown = {label for labels in maps for label in labels.unique().tolist()} - {IGNORED}
+        pictures = [draw_labels(image, labels, ignored=IGNORED) for labels in maps]
+        return side_by_side(*pictures, legend(shown, names, image.shape[1]))
+
+
+def build_task(config: Any, num_classes: int, device: Any = None) -> SegmentationTask:
+    """The task of a config, for the number of classes that the data has; it needs no device.
+
+    Raises:
+        ValueError: fewer than 2 or more than 255 classes, or windows that leave gaps.
+    """
+    test = config.TEST.SEGMENTATION
+    looks = Looks(
+        mode=test.MODE,
+        crop=test.CROP,
+        stride=test.STRIDE,
+        scales=test.SCALES,
+        flip=test.FLIP,
+        divisor=config.DATA.SIZE_DIVISOR,
+    )
+    return SegmentationTask(num_classes, looks)
