@@ -17,6 +17,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from utils.checkpoint import fetch, load_file
+from utils.names import is_under
 from utils.spelling import nearest
 from utils.wrappers import unwrap
 
@@ -39,6 +40,9 @@ _EMA_CONTAINERS = ("ema", "model_ema", "state_dict_ema")
 _PREFIXES = ("module", "_orig_mod", "encoder", "backbone")
 # Where a model without classes has no classifier to ask for its name.
 _HEAD_NAMES = ("head", "head_dist", "aux_head", "classifier", "fc")
+# Parts of a model for dense tasks (models/heads/dense.py): what classification weights start, and the rest.
+_BACKBONE = "backbone"
+_DENSE_PARTS = ("pyramid", "head")
 
 # Last name components of buffers that a file may lack: the model's own are as good.
 _OPTIONAL = ("num_batches_tracked", "splits")
@@ -69,6 +73,7 @@ class LoadReport:
             ImageNet-22k.
         head_replaced: names of the model's classifier that stayed fresh, or of the file's that a model
             without classifier left out.
+        other_head: names of the file's neck and head that a model for dense tasks has no place for.
     """
 
     source: str
@@ -79,6 +84,7 @@ class LoadReport:
     adapted: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     remapped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     head_replaced: list[str] = field(default_factory=list)
+    other_head: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.loaded} tensors loaded"]
@@ -95,6 +101,8 @@ class LoadReport:
             )
         if self.head_replaced:
             lines.append(f"  classifier not taken from the file: {_short(self.head_replaced)}")
+        if self.other_head:
+            lines.append(f"  of another head, left out: {_short(self.other_head)}")
         if self.missing:
             lines.append(f"  not in the file, fresh: {_short(self.missing)}")
         if self.unexpected:
@@ -121,8 +129,12 @@ def load_pretrained(
     other class count, or one that the file lacks, stays as the model built it: call this before training,
     on a fresh model.
 
+    A model for dense tasks takes its backbone from a classifier's file, from one of ours for dense tasks, or
+    from a detector's or segmenter's whose names begin with `backbone.`, as those of mmdet do; its head from
+    one of ours with the same head, but for layers with a row per class where the classes are others.
+
     Args:
-        model: may be wrapped (DDP, torch.compile).
+        model: may be wrapped (DDP, torch.compile); one on the meta device takes the file's own tensors.
         source: a file, an http(s) URL, or the content of a file.
         name: what messages call the source; its path if empty.
         allow_partial: tolerate missing and unexpected names and, for those, other shapes.
@@ -145,17 +157,27 @@ def load_pretrained(
     name = name or "the given state"
     weights, where = find_weights(content, use_ema, name)
     report = LoadReport(f"{name}{where}")
+    backbone = _backbone_in(model)
     own = {n: t for n, t in model.state_dict().items() if not _is_constant(n)}
-    weights = {n: t for n, t in strip_prefixes(weights, own, name).items() if not _is_constant(n)}
+    weights = {
+        n: t
+        for n, t in strip_prefixes(weights, own, name, keep_backbone=backbone is not None).items()
+        if not _is_constant(n)
+    }
+    if backbone is not None:
+        weights = _placed_in_dense(weights, report)
     if own and not weights.keys() & own.keys():
         raise ValueError(
             f"{name} has no tensor of this model: it has {_short(sorted(weights), 3)}, "
             f"{type(model).__name__} has {_short(sorted(own), 3)}"
         )
-    head = _head_prefixes(model)
-    if new_head:
-        _remap_head(weights, own, head, report)
-    head_problem = _replace_head(weights, own, head, report)
+    if backbone is not None:
+        head_problem = _fit_dense_head(weights, own, report)
+    else:
+        head = _head_prefixes(model)
+        if new_head:
+            _remap_head(weights, own, head, report)
+        head_problem = _replace_head(weights, own, head, report)
     misfits, reasons = _refuse_splits(model, weights)
     stem = _first_conv(model)
     image = _image_size(content)
@@ -190,11 +212,14 @@ def load_pretrained(
     report.missing = sorted(own.keys() - weights.keys() - fresh_head - optional)
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
-    differences = model.dense_differences() if getattr(model, "num_classes", 1) == 0 else ()
     head_problem = "" if new_head else head_problem
-    _refuse_misfits(report, misfits, reasons, allow_partial, head_problem, differences)
+    _refuse_misfits(
+        report, misfits, reasons, allow_partial, head_problem, _dense_differences(model, backbone)
+    )
     # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
-    model.load_state_dict({k: weights[k] for k in own.keys() & weights.keys()}, strict=False)
+    fitting = {k: weights[k] for k in own.keys() & weights.keys()}
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    model.load_state_dict(fitting, strict=False, assign=on_meta)
     _LOG.info("%s", report)
     return report
 
@@ -248,18 +273,26 @@ def find_weights(
 
 
 def strip_prefixes(
-    weights: Mapping[str, Tensor], own: Mapping[str, Any], name: str = "the checkpoint"
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Any],
+    name: str = "the checkpoint",
+    *,
+    keep_backbone: bool = False,
 ) -> dict[str, Tensor]:
     """Take wrappers' prefixes off names, as often as they are there, until the model knows the name.
+
+    Args:
+        keep_backbone: `backbone.` is a part of the model, and no wrapper.
 
     Raises:
         ValueError: two tensors end up with one name.
     """
+    prefixes = set(_PREFIXES) - ({_BACKBONE} if keep_backbone else set())
     stripped: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for key, tensor in weights.items():
         short = key
-        while short not in own and short.split(".", 1)[0] in _PREFIXES and "." in short:
+        while short not in own and short.split(".", 1)[0] in prefixes and "." in short:
             short = short.split(".", 1)[1]
         if short in stripped:
             raise ValueError(
@@ -284,7 +317,7 @@ def _head_prefixes(model: nn.Module) -> list[str]:
 
 
 def _is_under(name: str, prefixes: Iterable[str]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    return any(is_under(name, prefix) for prefix in prefixes)
 
 
 def _replace_head(
@@ -328,6 +361,84 @@ def _replace_head(
             "data with these classes, or "
         )
     return problem + "train a new one first, with --pretrained and without --eval"
+
+
+def _backbone_in(model: nn.Module) -> Backbone | None:
+    """The backbone of a model for dense tasks; None if the model is no such."""
+    inner = getattr(model, _BACKBONE, None)
+    return inner if isinstance(model, Backbone) and isinstance(inner, Backbone) else None
+
+
+def _dense_differences(model: nn.Module, backbone: Backbone | None) -> tuple[str, ...]:
+    """Name prefixes of the model that classification weights may lack, or have beyond it."""
+    if backbone is not None:
+        prefixes = (f"{_BACKBONE}.{prefix}" for prefix in backbone.dense_differences())
+        return (*prefixes, *_DENSE_PARTS)
+    return model.dense_differences() if getattr(model, "num_classes", 1) == 0 else ()
+
+
+def _placed_in_dense(weights: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """Any file's tensors by the names of a model for dense tasks; parts with no place there are left out.
+
+    A classifier's names are those of the backbone alone, and its classifier is dropped.
+    """
+    if not any(_is_under(name, [_BACKBONE]) for name in weights):
+        weights = {f"{_BACKBONE}.{name}": tensor for name, tensor in weights.items()}
+    classifier = [f"{_BACKBONE}.{name}" for name in _HEAD_NAMES]
+    report.head_replaced = sorted(name for name in weights if _is_under(name, classifier))
+    parts = (_BACKBONE, *_DENSE_PARTS)
+    report.other_head = sorted(name for name in weights if not _is_under(name, parts))
+    dropped = {*report.head_replaced, *report.other_head}
+    return {name: tensor for name, tensor in weights.items() if name not in dropped}
+
+
+def _fit_dense_head(
+    weights: dict[str, Tensor], own: Mapping[str, Tensor], report: LoadReport
+) -> str:
+    """Drop what does not fit of the file's pyramid and head: another kind, and layers of other classes.
+
+    A head is of the same kind if one of both has all names of the other, as Mask R-CNN has those of Faster
+    R-CNN.
+
+    Returns:
+        Why the model could not be evaluated now, and what to do; empty if nothing is fresh.
+    """
+    other, resized = [], set()
+    for part in _DENSE_PARTS:
+        ours = {name for name in own if _is_under(name, [part])}
+        theirs = {name for name in weights if _is_under(name, [part])}
+        both = ours & theirs if ours <= theirs or theirs <= ours else set()
+        other += theirs - both
+        resized |= {name for name in both if _differ_in_rows(weights[name], own[name])}
+    layers = {name.rpartition(".")[0] for name in resized}
+    of_classes = [name for name in weights if name.rpartition(".")[0] in layers]
+    for name in (*other, *of_classes):
+        del weights[name]
+    report.other_head = sorted([*report.other_head, *other])
+    report.head_replaced += sorted(of_classes)
+    fresh = sorted(
+        name
+        for name in own
+        if _is_under(name, _DENSE_PARTS) and name not in weights and not of_classes
+    )
+    if of_classes:
+        problem = (
+            f"the classifier does not fit: {_short(sorted(of_classes))}; set MODEL.NUM_CLASSES to that "
+            "of the file and use data with these classes, or "
+        )
+    elif fresh:
+        problem = (
+            f"the file does not have this head, {_short(fresh)}; set MODEL.HEAD.TYPE to that of the "
+            "file, or "
+        )
+    else:
+        return ""
+    return problem + "train a new one first, with --pretrained and without --eval"
+
+
+def _differ_in_rows(old: Tensor, new: Tensor) -> bool:
+    """Whether two tensors differ in nothing but the number of their rows."""
+    return bool(old.ndim) and old.shape[0] != new.shape[0] and old.shape[1:] == new.shape[1:]
 
 
 def _remap_head(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from logger import MetricsWriter, create_logger
+from logger import MetricsWriter, create_logger, muted
 
 # Swin's line: [time model] (file line): LEVEL message
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\S+)\] \((\S+) (\d+)\): (\w+) (.*)")
@@ -149,3 +149,15 @@ def test_without_tensorboard_the_run_goes_on_with_one_warning(tmp_path, caplog, 
         writer.write("train", 2, {"loss": 1.0})
     assert len(records(tmp_path)) == 2
     assert caplog.text.count("pip install tensorboard") == 1
+
+
+def test_what_is_muted_is_not_said_and_the_rest_is(caplog):
+    log = logging.getLogger("some.module")
+    with muted():
+        log.warning("later")
+        log.error("now")
+        with muted(logging.ERROR):
+            log.error("not this")
+        log.error("again")
+    log.warning("then")
+    assert [record.message for record in caplog.records] == ["now", "again", "then"]

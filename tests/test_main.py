@@ -143,12 +143,78 @@ def test_eval_with_nothing_to_evaluate_is_an_error(capsys):
     assert not Path("out").exists()
 
 
-def test_eval_refuses_weights_whose_classifier_does_not_fit(trained):
-    with pytest.raises(ValueError, match="head"):
+def other_order(state):
+    state["classes"].reverse()
+
+
+def without_heads_row(state):
+    state["model"] = {k: v[:-1] if "head" in k else v for k, v in state["model"].items()}
+
+
+@pytest.mark.parametrize("flag", ["--eval --resume", "--eval --pretrained", "--resume"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_order, "these are the same classes in another order"),
+        (without_heads_row, "head"),
+        (lambda state: state.update(model={"w": torch.ones(1)}), "DHVT"),
+    ],
+    ids=["order", "count", "architecture"],
+)
+def test_weights_of_other_classes_stop_before_any_work(trained, flag, change, message, capsys):
+    state = torch.load(trained / "checkpoints" / "last.pth", weights_only=True)
+    change(state)
+    torch.save(state, "other.pth")
+    with pytest.raises(SystemExit) as stop:
+        run(*flag.split(), "other.pth")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--eval --resume", "--pretrained", "--resume", "--info --resume"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"model: 1", "is no checkpoint"),
+        (None, "damaged or cut off"),
+    ],
+    ids=["empty", "text", "cut off"],
+)
+def test_files_that_are_no_weights_stop_before_any_work(trained, flag, content, message, capsys):
+    whole = (trained / "checkpoints" / "last.pth").read_bytes()
+    Path("bad.pth").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(SystemExit) as stop:
+        run(*flag.split(), "bad.pth")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_weights_alone_are_nothing_to_continue(trained, capsys):
+    torch.save({"model": weights(trained / "checkpoints" / "last.pth")}, "weights.pth")
+    with pytest.raises(SystemExit):
+        run("--resume", "weights.pth")
+    assert "its weights alone load with --pretrained" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         run(
-            "--eval", "--resume", str(trained / "checkpoints" / "last.pth"),
-            "--opts", "DATA.SYNTHETIC.NUM_CLASSES", "7",
+            "--resume", str(trained / "checkpoints" / "last.pth"),
+            "--opts", "TRAIN.EMA.ENABLE", "True",
         )  # fmt: skip
+    assert "has no 'ema', which this run needs" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_teacher_of_other_classes_stops_before_any_work(trained, capsys):
+    with pytest.raises(SystemExit):
+        run(
+            "--opts", "TRAIN.DISTILLATION.TYPE", "hard", "DATA.SYNTHETIC.NUM_CLASSES", "7",
+            "TRAIN.DISTILLATION.TEACHER", str(trained / "config.yaml"),
+            "TRAIN.DISTILLATION.TEACHER_WEIGHTS", str(trained / "checkpoints" / "last.pth"),
+        )  # fmt: skip
+    assert "must have the student's 7 classes" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_by_bit(trained, monkeypatch):

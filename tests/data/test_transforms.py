@@ -14,7 +14,9 @@ from data.transforms import (
     RandomCropResize,
     RandomFlip,
     channel_stats,
+    draw_window,
     eval_transform,
+    resize_array,
     to_image,
     to_pixels,
     train_transform,
@@ -278,10 +280,59 @@ def test_arrays_get_the_pixels_of_images_within_rounding(in_chans, interpolation
         out = transform(to_pixels(image, in_chans))
         assert (out.shape, out.dtype) == (expected.shape, np.uint8)
         assert np.abs(out - expected).max() <= 2
-        assert np.abs(out - expected).mean() < 0.05
+        # What bilinear crops enlarge is OpenCV's, rounded twice.
+        assert np.abs(out - expected).mean() < (0.05 if interpolation == "bicubic" else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "largest", "bias"),
+    [
+        (transforms.InterpolationMode.BILINEAR, (120, 200), 1, 0.3),
+        (transforms.InterpolationMode.BILINEAR, (90, 120), 1, 0.3),  # one side stays
+        (transforms.InterpolationMode.BILINEAR, (89, 200), 2, 0.01),  # one side shrinks
+        (transforms.InterpolationMode.BICUBIC, (120, 200), 2, 0.01),
+    ],
+)
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_resized_arrays_are_within_rounding_of_pil(mode, size, largest, bias, in_chans):
+    image = picture(90, 120, "L" if in_chans == 1 else "RGB")
+    expected = to_pixels(F.resize(image, size, mode), in_chans).astype(int)
+    found = resize_array(to_pixels(image, in_chans), size, mode)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= largest
+    assert abs((found - expected).mean()) < bias
 
 
 def test_policies_run_on_arrays_too():
     transform = train_transform((64, 64), **EVERYTHING)
     seed_all(0)
     assert transform(pixels(picture(90, 80))).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(scale=(1, 1)), dict(vflip=0.5, hflip=0.0)])
+def test_the_window_of_a_sample_is_where_its_pixels_come_from(options):
+    """An image of its own coordinates shows what the transform has shown."""
+    height, width = 90, 140
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    image = np.stack([columns, rows, rows], axis=2)
+    keywords = dict(interpolation="bilinear", hflip=0.5, scale=(0.2, 1.0)) | options
+    transform = train_transform((64, 64), **keywords)
+    seen = set()
+    for seed in range(12):
+        seed_all(seed)
+        window = draw_window(transform, height, width)
+        seed_all(seed)
+        sample = transform(image).astype(float)
+        left, right = sample[:, [0, -1], 0].mean(0)
+        top, bottom = sample[[0, -1], :, 1].mean(1)
+        found = ((left + 0.5) / width, (top + 0.5) / height)
+        found += ((right + 0.5) / width, (bottom + 0.5) / height)
+        assert found == pytest.approx(window, abs=0.03)
+        seen.add((window.left < window.right, window.top < window.bottom))
+    assert len(seen) == 2, "mirrored ones, and others"
+
+
+def test_padded_crops_have_no_window():
+    for transform in (train_transform((32, 32)), train_transform((64, 64), crop="simple")):
+        with pytest.raises(ValueError, match=r"set AUG\.CROP resized"):
+            draw_window(transform, 90, 90)

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 from yacs.config import CfgNode
 
-from models import Backbone, registry
+from models import Backbone, create_model, registry
 from models.layers.conv_stem import Affine
 from models.layers.resize import (
     resize_bias_table,
@@ -553,3 +553,25 @@ def test_half_precision_weights_become_the_models(trained):
     )
     assert model.norm.weight.dtype == torch.float32
     assert torch.equal(model.tables.pos_embed, trained["tables.pos_embed"].half().float())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swin_tiny_patch4_window7_224",
+        "deit_dge_s124_tiny_patch16_256",
+        "dfformer_s18",
+        "pvt_tiny_256",
+    ],
+)
+def test_a_model_without_memory_tells_what_does_not_fit_and_warns_of_nothing(name):
+    """What main.py does before a run."""
+    state = create_model(name).state_dict()
+    with torch.device("meta"):
+        model, other = create_model(name), create_model(name, num_classes=7)
+    assert load_pretrained(model, dict(state), new_head=False).loaded > 50
+    with pytest.raises(ValueError, match="the classifier does not fit"):
+        load_pretrained(other, dict(state), new_head=False)
+    with pytest.raises(ValueError, match="unexpected 1: surplus"):
+        load_pretrained(other, state | {"surplus": torch.zeros(1)})
+    assert load_pretrained(other, dict(state)).head_replaced

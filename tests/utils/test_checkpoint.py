@@ -247,6 +247,15 @@ def test_containers_of_before_torch_1_6_load(tmp_path):
     assert load_file(tmp_path / "old.pth")["config"] == {"A": 1}
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_left_on_the_disk_are_the_same_and_survive_a_new_file(tmp_path, zipped):
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.arange(9.0)}, path, _use_new_zipfile_serialization=zipped)
+    mapped = load_file(path, mapped=True)
+    save_checkpoint(path, {"w": torch.zeros(9)})  # a run that goes on replaces its last.pth
+    assert torch.equal(mapped["w"], torch.arange(9.0))
+
+
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -286,8 +295,9 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"12345678")
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x02e.")
     for name in ("cut.pth", "pickle.pth", "cut.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} is damaged"):
-            load_file(tmp_path / name)
+        for mapped in (False, True):
+            with pytest.raises(ValueError, match=f"{name} is damaged"):
+                load_file(tmp_path / name, mapped)
 
 
 @pytest.mark.parametrize("text", ["<html>404</html>", "MODEL:\n  TYPE: swin\n", "hello world\n"])
