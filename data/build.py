@@ -219,8 +219,16 @@ def build_transform(config: Any, training: bool) -> Transform:
     )
 
 
-def check_data(config: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
+def check_data(
+    config: Any,
+    splits: Sequence[str] = ("train", "val"),
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[str]:
     """What can be wrong with the data's keys and files before an image is read -> class names.
+
+    Of masks, and of images with boxes, each process looks at its share.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_data`; that files can be read is found out there.
@@ -233,7 +241,7 @@ def check_data(config: Any, splits: Sequence[str] = ("train", "val")) -> list[st
         if config.DATA.ON_DEVICE:
             check_on_device(samples)
         if isinstance(dataset, DenseDataset):
-            dataset.check()
+            dataset.check(rank, world_size)
         found.append(dataset.classes)
     check_same_classes(found[0], found[-1], _source(config))
     check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))
@@ -268,14 +276,14 @@ def build_evaluation_sets(config: Any) -> tuple[list[str], list[EvaluationSet]]:
     return classes, [open_set(entry, classes, validation) for entry in entries]
 
 
-def check_evaluation(config: Any) -> list[str]:
+def check_evaluation(config: Any, *, rank: int = 0, world_size: int = 1) -> list[str]:
     """What can be wrong with the keys and files of an evaluation -> names of the model's classes.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_evaluation_sets`, or a transform that cannot be.
     """
     if config.TASK != CLASSIFICATION:
-        return check_data(config, ["val"])
+        return check_data(config, ["val"], rank=rank, world_size=world_size)
     build_finish(config)
     classes, sets = build_evaluation_sets(config)
     for dataset in (part for found in sets for part in found.parts.values()):

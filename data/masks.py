@@ -4,7 +4,6 @@ import csv
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +24,6 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pp
 # Formats without loss: JPEG's rounding makes other labels of labels.
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 
-_CHECKING_THREADS = 8
 # Modes of PIL that hold one whole number per pixel.
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
 # What PIL raises for a damaged file.
@@ -188,18 +186,13 @@ class MaskedImages(DenseDataset):
     def describe(self, index: int) -> str:
         return self._pairs[index][1]
 
-    def check(self) -> None:
-        """Read all masks, and the sizes of all images.
+    def check_image(self, index: int) -> None:
+        """Read a mask, and the size of its image.
 
         Raises:
-            ValueError: a mask is damaged, has values that no class has, or not the size of its image; the
-                message names the file. Of several such files it is the first one.
+            ValueError: the mask is damaged, has values that no class has, or not the size of its image; the
+                message names the file.
         """
-        with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-            for _ in pool.map(self._check, range(len(self))):
-                pass
-
-    def _check(self, index: int) -> None:
         _, image, mask = self._pairs[index]
         try:
             with Image.open(image) as opened:  # reads the header only

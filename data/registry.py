@@ -14,6 +14,7 @@ import importlib
 import inspect
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,9 @@ from utils.spelling import nearest
 SPLITS = ("train", "val")
 
 CLASSIFICATION = "classification"
+
+# Threads that look at files: over a network one waits most of the time.
+_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,14 @@ class DenseDataset(ImageDataset):
         """
         raise NotImplementedError
 
-    def check(self) -> None:
-        """Read what must be right before training starts, such as all masks; ValueError names the file."""
+    def check(self, rank: int = 0, world_size: int = 1) -> None:
+        """`check_image` on this process's share of the images; of several errors the first is raised."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(self.check_image, range(rank, len(self), world_size)):
+                pass
+
+    def check_image(self, index: int) -> None:
+        """Look at what must be right before training starts, such as a mask; ValueError names the file."""
 
 
 def register_dataset(

@@ -32,7 +32,8 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         make_plan(config, runtime)
         return
     if mode in ("train", "EVAL_MODE"):
-        classes = check_data(config) if mode == "train" else check_evaluation(config)
+        look = check_data if mode == "train" else check_evaluation
+        classes = look(config, rank=runtime.rank, world_size=runtime.world_size)
         num_classes = len(classes)
         task = build_task(config, num_classes)
     else:

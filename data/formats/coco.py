@@ -7,7 +7,6 @@ import os
 import pickle
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -24,8 +23,6 @@ LAYOUT = (
     "places by DATA.COCO.TRAIN, VAL, TRAIN_IMAGES and VAL_IMAGES"
 )
 _YEARS = ("2017", "")
-# Threads that look at image files: over a network one waits most of the time.
-_READERS = 8
 
 
 @register_dataset("coco", task="detection", num_classes=80, train_size=118_287)
@@ -80,17 +77,12 @@ class CocoImages(DenseDataset):
     def describe(self, index: int) -> str:
         return str(self._folder / self._records[index]["file_name"])
 
-    def check(self) -> None:
-        """Compare the size of each image, by the head of its file, with what its annotations are for.
+    def check_image(self, index: int) -> None:
+        """Compare the size of an image, by the head of its file, with what its annotations are for.
 
         Raises:
-            ValueError: they disagree, or an image cannot be read.
+            ValueError: they disagree, or the image cannot be read.
         """
-        with ThreadPoolExecutor(_READERS) as pool:
-            for _ in pool.map(self._check_image, range(len(self))):
-                pass
-
-    def _check_image(self, index: int) -> None:
         record = self._records[index]
         path, size = self._folder / record["file_name"], record["size"]
         try:
