@@ -11,6 +11,7 @@ import ast
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ _C.DATA.DECODER = (
 )
 _C.DATA.DECODE_MIN_SIDE = 0  # > 0: decode JPEGs at 1/2, 1/4, ..., no side below this; inexact, fast
 _C.DATA.ON_DEVICE = False  # small datasets (cifar10, digits): all images on the device, no workers
-_C.DATA.ON_ERROR = "raise"  # unreadable image: raise | skip (logged and counted)
+_C.DATA.ON_ERROR = "raise"  # unreadable image: raise | skip (logged, counted; classification only)
 _C.DATA.MEAN = [0.485, 0.456, 0.406]  # per channel, of values in [0, 1]; one entry stands for all
 _C.DATA.STD = [0.229, 0.224, 0.225]
 _C.DATA.SYNTHETIC = CfgNode()  # DATASET: synthetic, random images for smoke runs
@@ -265,6 +266,7 @@ _C.THROUGHPUT_MODE = False
 _C.INFO_MODE = False
 _C.PLAN_MODE = False
 _C.INFO_SIZE = []  # pixels, [height, width], that --info counts at; []: DATA.IMG_SIZE
+_C.THROUGHPUT_SIZE = []  # the same, that models are timed at
 _C.PLAN = CfgNode()  # what --plan takes for granted where it is not at hand
 _C.PLAN.WORLD_SIZE = 0  # processes; 0, or several at hand: as many as were started
 _C.PLAN.TRAIN_SIZE = 0  # training images; 0: those of the data, or of the data set of that name
@@ -303,6 +305,7 @@ _ELEMENTS: dict[str, tuple[type, ...]] = {
     "TRAIN.LR_SCHEDULER.MULTISTEPS": (int, float),
     "AUG.CUTMIX_MINMAX": (float,),
     "INFO_SIZE": (int,),
+    "THROUGHPUT_SIZE": (int,),
 }
 for _entry in [*registry.entries(), *head_entries()]:
     for _name, _field in _entry.fields.items():
@@ -425,6 +428,7 @@ _RANGES: dict[str, str] = {
     "TEST.SEGMENTATION.STRIDE": "[1, inf)",
     "TEST.SEGMENTATION.SCALES": "(0, inf)",
     "INFO_SIZE": "[1, inf)",
+    "THROUGHPUT_SIZE": "[1, inf)",
     "EVAL_FREQ": "[1, inf)",
     "SAVE_FREQ": "[1, inf)",
     "SAVE_KEEP": "[0, inf)",
@@ -438,20 +442,39 @@ _NOT_EMPTY = (
     "AUG.DETECTION.SHORT_SIDES",
     "AUG.DETECTION.CROP_SHORT_SIDES",
     "TEST.SEGMENTATION.SCALES",
+    *(
+        _entry.keys[_name]
+        for _entry in head_entries()
+        for _name, _field in _entry.fields.items()
+        if list in _field.types
+    ),
 )
-# Keys that a dense task would silently leave out.
+# Keys that a dense task would silently leave out: they keep their defaults there,
 _CLASSIFICATION_ONLY = (
     "DATA.ZIP_MODE",
     "DATA.ON_DEVICE",
+    "DATA.ON_ERROR",  # an image that is skipped would be missing in the scores
     "DATA.DECODE_MIN_SIDE",
+    "TRAIN.LOSS",
     "TRAIN.DISTILLATION.TYPE",
     "TRAIN.TOKEN_LABELS.ENABLE",
+    "AUG.VFLIP",
+    "AUG.CUTMIX_MINMAX",
     "AUG.REPEATED_AUG",
     "TEST.SETS",
     "TEST.TTA",
     "TEST.ATTACK",
     "TEST.PREDICTIONS",
 )
+# or, where the default is a recipe for classification, must be off.
+_OFF_IN_DENSE_TASKS = {
+    "MODEL.LABEL_SMOOTHING": 0.0,
+    "AUG.COLOR_JITTER": 0.0,
+    "AUG.AUTO_AUGMENT": "none",
+    "AUG.REPROB": 0.0,
+    "AUG.MIXUP": 0.0,
+    "AUG.CUTMIX": 0.0,
+}
 # Lists that are an interval, and lists that are a pair.
 _INTERVALS = (
     "AUG.SCALE",
@@ -470,6 +493,39 @@ _PAIRS = {
 # Blocks of a stage, or of the whole model: none is no stage. All other ranges are the constructors' own.
 for _entry in registry.entries():
     _RANGES |= {_entry.keys[_name]: "[1, inf)" for _name in _entry.fields if _name in _BLOCKS}
+
+# The same for numbers among the keywords of heads, by patterns of their names that do not overlap.
+_HEAD_RANGES = {
+    "*channels": "[1, inf)",
+    "*convs": "[0, inf)",
+    "fc_dim": "[1, inf)",
+    "dropout": "[0, 1]",
+    "pool_scales": "[1, inf)",
+    "anchor_*": "(0, inf)",
+    "scales_per_octave": "[1, inf)",
+    "*_iou": "[0, 1]",
+    "*_threshold": "[0, 1]",
+    "*_fraction": "[0, 1]",
+    "*_weight": "[0, inf)",
+    "*_batch": "[1, inf)",
+    "*candidates*": "[1, inf)",
+    "*_proposals": "[1, inf)",
+    "roi_size": "[1, inf)",
+    "roi_sampling": "[0, inf)",
+    "focal_alpha": "[0, 1]",
+    "focal_gamma": "[0, inf)",
+    "prior": "(0, 1)",
+    "detections_per_image": "[1, inf)",
+    "soft_nms_sigma": "(0, inf)",
+    "soft_nms_min_score": "[0, 1]",
+}
+_RANGES |= {
+    _entry.keys[_name]: _interval
+    for _entry in head_entries()
+    for _name, _field in _entry.fields.items()
+    for _pattern, _interval in _HEAD_RANGES.items()
+    if fnmatchcase(_name, _pattern) and {int, float} & {*_field.types, *_field.elements}
+}
 
 # Keys of Swin's and DFvT's files that have another home here.
 _ALIASES = {f"MODEL.{entry.node}.IN_CHANS": "MODEL.IN_CHANS" for entry in registry.entries()}
@@ -582,6 +638,12 @@ def validate(config: CfgNode) -> None:
                     f"{key}={_get(config, key)!r} is for classification: with TASK '{config.TASK}' leave it "
                     f"{_get(_C, key)!r}"
                 )
+        for key, off in _OFF_IN_DENSE_TASKS.items():
+            if _get(config, key) != off:
+                raise ValueError(
+                    f"{key}={_get(config, key)!r} is for classification: with TASK '{config.TASK}' set it to "
+                    f"{off!r}, or name configs/_base_/dense.yaml in BASE, which does"
+                )
     modes = [key for key in MODE_KEYS if config[key]]
     if len(modes) > 1:
         raise ValueError(f"{' and '.join(modes)} exclude each other: set one")
@@ -609,6 +671,15 @@ def checked(key: str, value: Any, source: str) -> Any:
     value = _of_type(key, value, source)
     _check_range(key, value)
     return value
+
+
+def check_is_classifier(config: CfgNode, why: str) -> None:
+    """ValueError unless TASK is classification; `why` says what that is needed for."""
+    if config.TASK != "classification":
+        raise ValueError(
+            f"TASK='{config.TASK}' must be 'classification': {why}. Give a config of the classifier, such as "
+            "the variant that this one has as BASE"
+        )
 
 
 def dump(config: CfgNode) -> str:
@@ -686,7 +757,7 @@ def _check_range(key: str, value: Any) -> None:
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if key in _RANGES and not all(_within(number, _RANGES[key]) for number in numbers):
         raise ValueError(f"{key}={value!r} must be within {_RANGES[key]}")
-    if key == "DATA.IMG_SIZE" or (key == "INFO_SIZE" and value):
+    if key == "DATA.IMG_SIZE" or (key in ("INFO_SIZE", "THROUGHPUT_SIZE") and value):
         to_pair(value, key)
 
 

@@ -4,12 +4,13 @@ python main.py --cfg configs/demo.yaml
 torchrun --nproc_per_node 8 main.py --cfg configs/dfvt/dfvt_tiny.yaml --data-path /data/imagenet
 """
 
+import sys
 from collections.abc import Sequence
 
 from config import load_config
 from modes import MODES, check, train
 from utils.arguments import parse_args
-from utils.distributed import cleanup, init_distributed
+from utils.distributed import barrier, cleanup, init_distributed, is_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,8 +21,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime = init_distributed(config.DEVICE, args.local_rank)
         check(config, runtime)
     except (ValueError, FileNotFoundError) as error:
-        cleanup()
-        parser.error(str(error))
+        # Once they know each other all processes are here, with the same error: one says it.
+        try:
+            if is_main():
+                parser.error(str(error))
+            sys.exit(2)
+        finally:
+            barrier()  # a launcher ends all when the first is gone: not before it is said
+            cleanup()
     mode = next((run for key, run in MODES.items() if config[key]), train)
     try:
         mode(config, runtime)

@@ -228,7 +228,8 @@ def check_data(
 ) -> list[str]:
     """What can be wrong with the data's keys and files before an image is read -> class names.
 
-    Of masks, and of images with boxes, each process looks at its share.
+    Of masks, and of images with boxes, each process looks at its share. Only an evaluation whose results are
+    recorded may do without objects, as those of a test set are not known.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_data`; that files can be read is found out there.
@@ -241,7 +242,11 @@ def check_data(
         if config.DATA.ON_DEVICE:
             check_on_device(samples)
         if isinstance(dataset, DenseDataset):
+            if not (config.EVAL_MODE and config.TEST.REPORT):
+                dataset.check_objects()
             dataset.check(rank, world_size)
+            if split == "train":
+                train_batches(config, len(dataset), world_size)
         found.append(dataset.classes)
     check_same_classes(found[0], found[-1], _source(config))
     check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))

@@ -81,6 +81,8 @@ class Samples(Dataset):
         on_error: "raise", or "skip" unreadable images, logged and counted.
     """
 
+    advice = "replace the file, or set DATA.ON_ERROR skip"  # where an image is unreadable
+
     def __init__(
         self,
         dataset: ImageDataset,
@@ -165,8 +167,7 @@ class Samples(Dataset):
             return self.convert(image, self.in_chans), label
         except _READ_ERRORS as error:
             raise UnreadableImageError(
-                f"cannot read {self.dataset.describe(index)}: {error} "
-                "(replace the file, or set DATA.ON_ERROR skip)"
+                f"cannot read {self.dataset.describe(index)}: {error} ({self.advice})"
             ) from error
 
 

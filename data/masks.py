@@ -11,14 +11,13 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from models.heads.pixels import IGNORED
+from models.heads.pixels import IGNORED, MAX_CLASSES
 
 from .listing import read_class_names
 from .registry import DenseDataset, missing
 
 # What a lookup gives for a value that masks must not have, and so no class.
-_UNKNOWN = 254
-MAX_CLASSES = 254
+_UNKNOWN = MAX_CLASSES
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 # Formats without loss: JPEG's rounding makes other labels of labels.
@@ -130,6 +129,12 @@ def numbered(num_classes: int, reduce_zero_label: bool, key: str, **options: str
     )
 
 
+def numbers_of(classes: Sequence[str], reduce_zero_label: bool) -> list[int]:
+    """The value of each label in masks that `numbered` reads, so that predictions get the same."""
+    first = int(reduce_zero_label)
+    return list(range(first, first + len(classes)))
+
+
 def check_class_count(classes: Sequence[str], source: str) -> None:
     """ValueError if labels of so many classes do not fit into masks of bytes."""
     if len(classes) > MAX_CLASSES:
@@ -163,6 +168,7 @@ class MaskedImages(DenseDataset):
     Args:
         pairs: name, image file and mask file of each sample.
         labels: decoded mask -> uint8 (H, W); ValueError for values that masks must not have.
+        category_ids: what predicted masks hold for each label, if it is not the label itself.
     """
 
     def __init__(
@@ -170,8 +176,10 @@ class MaskedImages(DenseDataset):
         pairs: Sequence[tuple[str, str, str]],
         labels: Callable[[Image.Image], np.ndarray],
         classes: list[str],
+        category_ids: Sequence[int] = (),
     ) -> None:
         self._pairs, self._labels, self.classes = pairs, labels, classes
+        self.category_ids = list(category_ids)
 
     def __len__(self) -> int:
         return len(self._pairs)

@@ -128,6 +128,9 @@ class DenseDataset(ImageDataset):
             for _ in pool.map(self.check_image, range(rank, len(self), world_size)):
                 pass
 
+    def check_objects(self) -> None:
+        """ValueError if it is known, without a look at the images, that there is nothing to be found."""
+
     def check_image(self, index: int) -> None:
         """Look at what must be right before training starts, such as a mask; ValueError names the file."""
 

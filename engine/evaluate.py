@@ -41,13 +41,17 @@ def evaluate(
 
     Returns:
         What `evaluator.compute()` returns; `task.metric` is one of the keys. What the model tells of each
-        image (`Backbone.image_values`) comes as mean and percentiles beside it.
+        image (`Backbone.image_values`) comes as mean and percentiles beside it, unless images are shown to
+        it several times (`single_look` of the task or of a wrapper): it tells of the last time only.
     """
     module = unwrap(model)
     runner = on_this_process(model)
     # Every module's own mode: a frozen batch norm must still be in eval mode afterwards.
     modes = [(part, part.training) for part in module.modules()]
     evaluator, statistics = evaluator or task.evaluator(), ImageStatistics()
+    told = hasattr(module, "image_values") and all(
+        getattr(part, "single_look", True) for part in (task, runner)
+    )
     broadcast_buffers(module)
     module.eval()
     try:
@@ -61,7 +65,7 @@ def evaluate(
                 with amp.autocast():
                     output = task.predict(runner, batch)
                 evaluator.update(output, batch)
-                if hasattr(module, "image_values"):
+                if told:
                     statistics.add(module.image_values())
             return evaluator.compute() | statistics.compute()
     finally:

@@ -61,8 +61,7 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
-        if not torch.compiler.is_compiling():
-            self._last_inputs.clear()  # together with this batch's they would raise the peak of memory
+        self.forget_inputs()
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -249,6 +248,13 @@ class Backbone(nn.Module):
                     for kind, result in layer.attention_maps(*inputs).items():
                         maps[f"{kind}::{paths[layer]}"] = result
         return maps
+
+    def forget_inputs(self) -> None:
+        """Let go of what `token_maps` would describe; together with those of the next batch they would raise
+        the peak of memory.
+        """
+        if not torch.compiler.is_compiling():
+            self._last_inputs.clear()
 
     def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
         """Full name of a position table -> (special tokens, (h, w), interpolation mode).

@@ -251,6 +251,13 @@ class MetaFormer(Backbone):
         for mixer in self.mixers():
             if hasattr(mixer, "init_"):
                 mixer.init_()
+        if not num_classes:
+            # Batches of dense tasks are padded with zeros. With a bias of zeros nothing would vary there in
+            # the norm after the stem, and gradients from scratch would be 10^4 times as large. Other
+            # families' stems start like this.
+            first = self.downsample_layers[0].conv
+            bound = first.weight[0].numel() ** -0.5
+            nn.init.uniform_(first.bias, -bound, bound)
 
     @property
     def cost_depends_on_images(self) -> bool:

@@ -74,6 +74,7 @@ class LoadReport:
         head_replaced: names of the model's classifier that stayed fresh, or of the file's that a model
             without classifier left out.
         other_head: names of the file's neck and head that a model for dense tasks has no place for.
+        fresh_head: names of a model's pyramid and head for dense tasks that keep their fresh values.
     """
 
     source: str
@@ -85,6 +86,7 @@ class LoadReport:
     remapped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     head_replaced: list[str] = field(default_factory=list)
     other_head: list[str] = field(default_factory=list)
+    fresh_head: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.loaded} tensors loaded"]
@@ -210,6 +212,9 @@ def load_pretrained(
     fresh_head = set(report.head_replaced)
     optional = {name for name in own if name.rsplit(".", 1)[-1] in _OPTIONAL}
     report.missing = sorted(own.keys() - weights.keys() - fresh_head - optional)
+    if backbone is not None:
+        fresh = own.keys() - weights.keys() - optional
+        report.fresh_head = sorted(n for n in fresh if _is_under(n, _DENSE_PARTS))
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
     head_problem = "" if new_head else head_problem

@@ -89,11 +89,29 @@ def entries() -> list[Entry]:
 
 
 def signature_fields(cls: type, given: Collection[str] = SHARED_KEYWORDS) -> dict[str, Field]:
-    """The config fields that the constructor of `cls` defines; arguments in `given` come from elsewhere."""
+    """The config fields that the constructor of `cls` defines; arguments in `given` come from elsewhere.
+
+    `**keywords` stands for those of the next base class; a default of its own comes before the base's.
+    """
+    constructors = [c for c in cls.__mro__ if "__init__" in vars(c) and c is not object]
+    fields: dict[str, Field] = {}
+    for constructor in constructors:
+        own = _own_fields(constructor, given)
+        fields |= {keyword: field for keyword, field in own.items() if keyword not in fields}
+        parameters = inspect.signature(constructor.__init__).parameters.values()
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return fields
+
+
+def _own_fields(cls: type, given: Collection[str]) -> dict[str, Field]:
+    """Those that are written out in the constructor of `cls`."""
     hints = typing.get_type_hints(cls.__init__)
     fields = {}
     for keyword, parameter in inspect.signature(cls.__init__).parameters.items():
         if keyword == "self" or keyword in given:
+            continue
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             continue
         where = f"{cls.__name__}.__init__({keyword})"
         if (

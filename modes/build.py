@@ -13,7 +13,7 @@ from config import output_dir
 from data import dataset_num_classes, published_num_classes
 from logger import create_logger, muted
 from models import Backbone, build_model
-from models.pretrained import has_averaged_weights, load_pretrained
+from models.pretrained import LoadReport, has_averaged_weights, load_pretrained
 from utils.amp import Amp
 from utils.checkpoint import (
     Source,
@@ -57,12 +57,27 @@ def wrap(config: CfgNode, model: nn.Module, runtime: Runtime) -> nn.Module:
 
 def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> Backbone:
     """The model with batch statistics over all processes, if TRAIN.SYNC_BN asks for it."""
-    if not config.TRAIN.SYNC_BN or runtime.world_size == 1:
-        return model
-    if runtime.device.type != "cuda":
+    if _synchronises(config, runtime):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.TRAIN.SYNC_BN and runtime.world_size > 1:
         _LOG.warning("TRAIN.SYNC_BN is left out: PyTorch synchronises batch norm on GPUs only")
-        return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def check_batch_norm(config: CfgNode, model: nn.Module, runtime: Runtime) -> None:
+    """ValueError if the head's batch norms would see fewer images than its `min_batch`."""
+    needed = getattr(model.head, "min_batch", 1)
+    seen = config.DATA.BATCH_SIZE * (runtime.world_size if _synchronises(config, runtime) else 1)
+    if seen < needed:
+        raise ValueError(
+            f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE}: the batch norms of MODEL.HEAD.TYPE="
+            f"'{config.MODEL.HEAD.TYPE}' need {needed} images or more in training: set DATA.BATCH_SIZE to "
+            f"{needed}, or TRAIN.SYNC_BN True with several GPUs (images accumulated one by one do not help)"
+        )
+
+
+def _synchronises(config: CfgNode, runtime: Runtime) -> bool:
+    return config.TRAIN.SYNC_BN and runtime.world_size > 1 and runtime.device.type == "cuda"
 
 
 def freeze(config: CfgNode, model: Backbone) -> None:
@@ -104,7 +119,7 @@ def load_weights(
     source: Source,
     classes: Sequence[str] = (),
     mapped: bool = False,
-) -> None:
+) -> LoadReport:
     """Weights of a file of ours or an official one; only a fresh run may replace the classifier.
 
     Args:
@@ -120,7 +135,7 @@ def load_weights(
     if averaged and not has_averaged_weights(content):
         _LOG.warning("%s has no averaged weights: taking the plain ones", source.path)
         averaged = False
-    load_pretrained(
+    return load_pretrained(
         model,
         content,
         name=source.path,

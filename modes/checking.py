@@ -9,9 +9,16 @@ from optimizer import build_optimizer
 from tasks import build_task
 from tasks.classification_report import check_predictions_file
 from utils.amp import Amp
-from utils.distributed import Runtime
+from utils.distributed import Runtime, all_gather_object
 
-from .build import build_placed, check_weights, find_source, freeze, known_classes
+from .build import (
+    build_placed,
+    check_batch_norm,
+    check_weights,
+    find_source,
+    freeze,
+    known_classes,
+)
 from .planning import make_plan
 
 
@@ -21,11 +28,29 @@ def check(config: CfgNode, runtime: Runtime) -> None:
     The model is built without memory behind it; no image is read, of weights only names and shapes, and the
     images of folders, which take long to list, are left to the run.
 
+    What one process finds in its share of the data stops them all: each raises the error of the first that
+    has one.
+
     Raises:
         ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
             cannot train, or weights that are missing, damaged, or of another model or other classes.
         FileNotFoundError: the data is not there.
     """
+    found = None
+    try:
+        _check(config, runtime)
+    except (
+        ValueError,
+        FileNotFoundError,
+    ) as error:  # the other processes wait: they must hear of it
+        found = error
+    for error in all_gather_object(found):
+        if error is not None:
+            raise error
+
+
+def _check(config: CfgNode, runtime: Runtime) -> None:
+    """What this process can know."""
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
     if mode == "PLAN_MODE":
@@ -42,6 +67,7 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         model = build_placed(config, num_classes, torch.device("meta"))
     if mode == "train":
         task.check(model)
+        check_batch_norm(config, model, runtime)
         freeze(config, model)
         build_optimizer(config, model, runtime.world_size)
     if mode == "EVAL_MODE" and config.TEST.PREDICTIONS:

@@ -59,16 +59,18 @@ def evaluate_dense(config: CfgNode, runtime: Runtime) -> None:
     _LOG.info("%s", task.describe(metrics))
     skipped = report_skipped([data.val])
     written = evaluator.write(folder) if runtime.is_main else []
+    # Scores are on the disk before anything is drawn, which takes long and may fail.
+    write_json(
+        folder / "eval.json", dict(checkpoint=source.path, **metrics, skipped=skipped), runtime
+    )
     if runtime.is_main and config.TEST.PICTURES:
         mean, std = channel_stats(config.DATA.MEAN, config.DATA.STD, config.MODEL.IN_CHANS)
         batches = itertools.islice(data.val, config.TEST.PICTURES)
         draw = Drawing(model, task, amp, data.classes, mean, std, folder / "pictures")
         written += [
-            draw(to_device(batch, runtime.device, config.CHANNELS_LAST)) for batch in batches
+            draw(to_device(batch, runtime.device, config.CHANNELS_LAST), number)
+            for number, batch in enumerate(batches)
         ]
-    write_json(
-        folder / "eval.json", dict(checkpoint=source.path, **metrics, skipped=skipped), runtime
-    )
     _LOG.info("written: %s", ", ".join(map(str, [folder / "eval.json", *written])))
 
 
@@ -88,12 +90,12 @@ class Drawing:
         self.model, self.task, self.amp = model.eval(), task, amp
         self.classes, self.mean, self.std, self.folder = classes, mean, std, folder
 
-    def __call__(self, batch: tuple[torch.Tensor, list[dict[str, Any]]]) -> Path:
-        """Draw a batch of one image -> the file."""
+    def __call__(self, batch: tuple[torch.Tensor, list[dict[str, Any]]], number: int) -> Path:
+        """Draw a batch of one image -> the file, whose name has the number: folders may share names."""
         (image,), (target,) = batch
         with torch.inference_mode(), self.amp.autocast():
             (output,) = self.task.predict(self.model, batch)
         picture = to_picture(image, self.mean, self.std, target["size"], target["original_size"])
-        path = self.folder / f"{Path(str(target['file'])).stem}.png"
+        path = self.folder / f"{number:04d}_{Path(str(target['file'])).stem}.png"
         save_picture(self.task.picture(picture, output, target, self.classes), path)
         return path

@@ -10,7 +10,8 @@ from yacs.config import CfgNode
 from config import output_dir
 from data import train_batches, train_size
 from lr_scheduler import build_scheduler
-from models import registry
+from models import Backbone, registry
+from models.heads import DenseModel, find_head
 from optimizer import build_optimizer, build_rates
 from utils.distributed import Runtime
 from utils.plan import Plan, summarise_groups
@@ -68,17 +69,7 @@ def make_plan(config: CfgNode, runtime: Runtime) -> Plan:
             ),
             optimizer=dict(_lower(train.OPTIMIZER), clip_grad=train.CLIP_GRAD),
             ema=_lower(train.EMA),
-            objective=dict(
-                loss=train.LOSS,
-                distillation=train.DISTILLATION.TYPE,
-                token_labels=train.TOKEN_LABELS.ENABLE,
-            ),
-            regularisation=dict(
-                label_smoothing=config.MODEL.LABEL_SMOOTHING,
-                drop_rate=config.MODEL.DROP_RATE,
-                drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            ),
-            augmentation=_lower(config.AUG),
+            **_of_the_task(config, model),
             architecture=dict(type=config.MODEL.TYPE, **_lower(config.MODEL[own])),
         ),
         groups=summarise_groups(optimizer.param_groups, model.layer_id),
@@ -100,5 +91,29 @@ def plan_only(config: CfgNode, runtime: Runtime) -> None:
         _LOG.info("written: %s", ", ".join(map(str, plan.write(output_dir(config)))))
 
 
+def _of_the_task(config: CfgNode, model: Backbone) -> dict[str, dict[str, Any]]:
+    """Sections that classification and dense tasks fill differently: of either only what training reads."""
+    drops = dict(drop_rate=config.MODEL.DROP_RATE, drop_path_rate=config.MODEL.DROP_PATH_RATE)
+    if isinstance(model, DenseModel):
+        head = find_head(config.MODEL.HEAD.TYPE, model.task)
+        own = config.AUG[model.task.upper()]
+        return dict(
+            regularisation=drops,
+            augmentation=dict(hflip=config.AUG.HFLIP, **_lower(own)),
+            head=dict(type=head.name, **_lower(config.MODEL.HEAD[head.node])),
+        )
+    train = config.TRAIN
+    return dict(
+        objective=dict(
+            loss=train.LOSS,
+            distillation=train.DISTILLATION.TYPE,
+            token_labels=train.TOKEN_LABELS.ENABLE,
+        ),
+        regularisation=dict(label_smoothing=config.MODEL.LABEL_SMOOTHING, **drops),
+        augmentation=_lower(config.AUG),
+    )
+
+
 def _lower(node: CfgNode) -> dict[str, Any]:
-    return {name.lower(): value for name, value in node.items()}
+    """The values of a section by their lower-case names, without those of sections in it."""
+    return {name.lower(): value for name, value in node.items() if not isinstance(value, CfgNode)}

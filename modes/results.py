@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from yacs.config import CfgNode
 
@@ -46,12 +47,27 @@ def info_size(config: CfgNode) -> tuple[int, int]:
     return to_pair(config.INFO_SIZE or config.DATA.IMG_SIZE)
 
 
+def throughput_size(config: CfgNode) -> tuple[int, int]:
+    """Height and width that models are timed at."""
+    return to_pair(config.THROUGHPUT_SIZE or config.DATA.IMG_SIZE)
+
+
 def some_images(config: CfgNode) -> torch.Tensor | None:
-    """A batch of validation images (B, C, H, W), if there is a dataset."""
+    """A batch of validation images (B, C, *info_size), if there is a dataset.
+
+    Dense tasks have them one by one, and each of a size of its own.
+    """
+    size, images = info_size(config), []
     try:
-        return next(iter(build_loader(config, "val")))[0]
+        for batch in build_loader(config, "val"):
+            found = batch[0]
+            same = found.shape[-2:] == size
+            images.append(found if same else F.interpolate(found, size, mode="bilinear"))
+            if sum(map(len, images)) >= config.DATA.BATCH_SIZE:
+                break
     except FileNotFoundError:
         return None
+    return torch.cat(images)
 
 
 def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -62,7 +78,7 @@ def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device
         return measure_throughput(
             compiled(config, part),
             batch_size=config.DATA.BATCH_SIZE,
-            image_size=to_pair(config.DATA.IMG_SIZE),
+            image_size=throughput_size(config),
             in_chans=config.MODEL.IN_CHANS,
             device=device,
             amp=amp,

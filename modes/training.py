@@ -55,8 +55,9 @@ class TrainingRun:
         device = torch.device("cpu") if sharded else runtime.device
         model = build_placed(config, self.data.num_classes, device)
         self.source = source_of(config, "train", self.folder / "checkpoints" / "last.pth")
+        self.fresh_head: list[str] = []
         if self.source.kind == "pretrained":
-            load_weights(config, model, self.source)
+            self.fresh_head = load_weights(config, model, self.source).fresh_head
         # Until here all processes drew the same numbers, so that averages start from the same weights.
         seed_everything(config.SEED, runtime.rank)
         model = synchronise_batch_norm(config, model, runtime)
@@ -99,6 +100,9 @@ class TrainingRun:
         epoch, batch = self.config.TRAIN.START_EPOCH, 0
         if self.source.kind == "resume":
             epoch, batch = self.resume()
+        elif self.fresh_head:
+            # It would find nothing in any image, and take as long as a trained one.
+            _LOG.info("not scored before training: %s is fresh", ", ".join(self.fresh_head[:3]))
         elif self.source.kind == "pretrained":
             _LOG.info("before training: %s", self.task.describe(self.score()))
         step = epoch * self.schedule.steps_per_epoch + math.ceil(batch / self.window)

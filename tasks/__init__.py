@@ -56,6 +56,8 @@ class Task(Protocol):
 
     # Of dense tasks only:
 
+    single_look: bool  # `predict` shows each image to the model once (taken for granted without it)
+
     def picture(
         self, image: Tensor, found: Any, target: Mapping[str, Any], classes: Sequence[str] = ()
     ) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.heads.pixels import IGNORED
+from models.heads.pixels import IGNORED, MAX_CLASSES
 from utils.pictures import draw_labels, legend, side_by_side
 
 from .objective import check_task, with_auxiliary
@@ -19,19 +19,23 @@ class SegmentationTask:
     """The head makes the losses; here they are summed, and images of any size get their label maps.
 
     Args:
-        num_classes: K, from 2 to 255: masks are of 8 bits, and 255 is for pixels that do not count.
+        num_classes: K, from 2 to 254, as many as masks of bytes have room for.
         looks: how an image is shown to the model; None is as a whole.
+
+    Attributes:
+        single_look: what the model says of its last forward pass, it says of the image.
     """
 
     metric = "mIoU"
 
     def __init__(self, num_classes: int, looks: Looks | None = None) -> None:
-        if not 2 <= num_classes <= IGNORED:
+        if not 2 <= num_classes <= MAX_CLASSES:
             raise ValueError(
-                f"MODEL.NUM_CLASSES={num_classes}: segmentation needs from 2 to {IGNORED} classes"
+                f"MODEL.NUM_CLASSES={num_classes}: segmentation needs from 2 to {MAX_CLASSES} classes"
             )
         self.num_classes = num_classes
         self.looks = looks or Looks()
+        self.single_look = self.looks.single
 
     def check(self, model: nn.Module) -> None:
         """ValueError unless `model` has a head for segmentation; runs nothing."""
@@ -89,7 +93,7 @@ def build_task(config: Any, num_classes: int, device: Any = None) -> Segmentatio
     """The task of a config, for the number of classes that the data has; it needs no device.
 
     Raises:
-        ValueError: fewer than 2 or more than 255 classes, or windows that leave gaps.
+        ValueError: fewer than 2 or more than 254 classes, or windows that leave gaps.
     """
     test = config.TEST.SEGMENTATION
     looks = Looks(

@@ -19,6 +19,9 @@ class AveragedViews(nn.Module):
         views: images (B, C, H, W) -> their views, each (B, C, h, w).
     """
 
+    # What the model says of its last forward pass, it says of one view only.
+    single_look = False
+
     def __init__(self, model: nn.Module, views: Callable[[Tensor], Sequence[Tensor]]) -> None:
         super().__init__()
         self._orig_mod = model  # the name by which `utils.wrappers.unwrap` finds what is inside

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.heads.pixels import IGNORED, resized
@@ -79,6 +78,11 @@ class Looks:
         self.slides = mode == "slide"
         self.crop, self.stride = tuple(crop), tuple(stride)
         self.scales, self.flip, self.divisor = tuple(scales), flip, divisor
+
+    @property
+    def single(self) -> bool:
+        """The model runs once for an image."""
+        return not self.slides and len(self.scales) == 1 and not self.flip
 
     def labels(self, model: nn.Module, image: Tensor, size: Size) -> Tensor:
         """The most probable class of each pixel, (H, W) uint8; 255 where logits are nan.
@@ -153,11 +157,11 @@ def _normaliser(view: View, size: Size, chunks: Sequence[slice]) -> Tensor:
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
-    """(C, h, w) at another size, as transforms resize it."""
-    if scale == 1:
-        return image
-    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    """(C, h, w) at another size: bilinear without antialiasing, sides rounded with halves up, as the
+    transforms of `data/dense/segmentation.py` resize. Papers' code starts from the stored image each time.
+    """
+    height, width = (max(1, int(side * scale + 0.5)) for side in image.shape[-2:])
+    return resized(image[None], (height, width))[0]
 
 
 def _windows(length: int, crop: int, stride: int) -> list[slice]:

@@ -11,6 +11,7 @@ import config as config_module
 import optimizer
 from config import all_keys, dump, load_config, output_dir
 from models import CONFIG_DIR, build_model, registry
+from models.heads import head_entries
 
 DFVT_TINY = CONFIG_DIR / "dfvt" / "dfvt_tiny.yaml"
 EVERY_FILE = sorted(CONFIG_DIR.rglob("*.yaml"))
@@ -185,6 +186,8 @@ def test_missing_file_names_what_is_there(tmp_path):
         (["MODEL.DHVT.DEPTH", "0"], r"MODEL.DHVT.DEPTH=0 must be within \[1, inf\)"),
         (["DATA.IMG_SIZE", "[224]"], r"DATA.IMG_SIZE=\[224\] must be"),
         (["DATA.IMG_SIZE", "[1, 2, 3]"], r"DATA.IMG_SIZE=\[1, 2, 3\] must be"),
+        (["THROUGHPUT_SIZE", "[800]"], r"THROUGHPUT_SIZE=\[800\] must be"),
+        (["THROUGHPUT_SIZE", "[0, 800]"], r"THROUGHPUT_SIZE=\[0, 800\] must be within"),
         (["EVAL_MODE", "True", "INFO_MODE", "True"], r"EVAL_MODE and INFO_MODE exclude"),
         (["TRAIN.LR_SCHEDULER.NAME", "multistep"], r"needs epochs in LR_SCHEDULER.MULTISTEPS"),
         (["AMP_OPT_LEVEL", "O1", "AMP_DTYPE", "bf16"], r"Apex O1 and O2 work in fp16"),
@@ -194,6 +197,77 @@ def test_missing_file_names_what_is_there(tmp_path):
 def test_bad_values_stop_with_key_value_and_fix(opts, message):
     with pytest.raises(ValueError, match=message):
         load_config(DFVT_TINY, opts)
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "message"),
+    [
+        ("det", ["RETINANET.FPN_CHANNELS", "0"], r"FPN_CHANNELS=0 must be within \[1, inf\)"),
+        ("det", ["RETINANET.NUM_CONVS", "-1"], r"NUM_CONVS=-1 must be within \[0, inf\)"),
+        ("det", ["RETINANET.PRIOR", "0"], r"PRIOR=0.0 must be within \(0, 1\)"),
+        ("det", ["RETINANET.NMS_THRESHOLD", "5"], r"RETINANET.NMS_THRESHOLD=5.0 must be within"),
+        ("det", ["RETINANET.DETECTIONS_PER_IMAGE", "0"], r"DETECTIONS_PER_IMAGE=0 must be within"),
+        ("det", ["RETINANET.SCALES_PER_OCTAVE", "0"], r"SCALES_PER_OCTAVE=0 must be within"),
+        ("det", ["RETINANET.ANCHOR_RATIOS", "[]"], r"ANCHOR_RATIOS=\[\] must have at least one"),
+        (
+            "det",
+            ["RETINANET.ANCHOR_RATIOS", "[1, 0]"],
+            r"ANCHOR_RATIOS=\[1.0, 0.0\] must be within",
+        ),
+        (
+            "det",
+            ["MASK_RCNN.RPN_POSITIVE_FRACTION", "2"],
+            r"RPN_POSITIVE_FRACTION=2.0 must be within",
+        ),
+        ("det", ["MASK_RCNN.ROI_BATCH", "0"], r"MASK_RCNN.ROI_BATCH=0 must be within \[1, inf\)"),
+        ("det", ["CASCADE_RCNN.FC_DIM", "0"], r"CASCADE_RCNN.FC_DIM=0 must be within \[1, inf\)"),
+        ("seg", ["UPERNET.CHANNELS", "0"], r"MODEL.HEAD.UPERNET.CHANNELS=0 must be within"),
+        ("seg", ["UPERNET.POOL_SCALES", "[]"], r"POOL_SCALES=\[\] must have at least one entry"),
+        ("seg", ["FCN.DROPOUT", "1.5"], r"MODEL.HEAD.FCN.DROPOUT=1.5 must be within \[0, 1\]"),
+    ],
+)
+def test_bad_values_of_heads_stop_with_key_and_value(name, opts, message):
+    key, value = opts
+    with pytest.raises(ValueError, match=message):
+        load_config(CONFIG_DIR / "_base_" / f"smoke_{name}.yaml", [f"MODEL.HEAD.{key}", value])
+
+
+def test_every_number_of_a_head_has_a_range():
+    # How many maps there are is known with the backbone, which the constructors ask.
+    free = ("num_maps", "aux_stage")
+    missing = [
+        entry.keys[name]
+        for entry in head_entries()
+        for name, field in entry.fields.items()
+        if {int, float} & {*field.types, *field.elements} and name not in free
+        if entry.keys[name] not in config_module._RANGES
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("AUG.VFLIP", "0.5", r"AUG.VFLIP=0.5 is for classification.* leave it 0.0"),
+        (
+            "AUG.CUTMIX_MINMAX",
+            "[0.2, 0.8]",
+            r"CUTMIX_MINMAX=.* is for classification.* leave it None",
+        ),
+        ("TRAIN.LOSS", "bce", r"TRAIN.LOSS='bce' is for classification.* leave it 'cross_entropy'"),
+        ("DATA.ON_ERROR", "skip", r"DATA.ON_ERROR='skip' is for classification.* leave it 'raise'"),
+        ("AUG.MIXUP", "0.8", r"AUG.MIXUP=0.8 is for classification.* set it to 0.0"),
+        ("AUG.CUTMIX", "1.0", r"AUG.CUTMIX=1.0 is for classification.* set it to 0.0"),
+        ("AUG.REPROB", "0.25", r"AUG.REPROB=0.25 .* set it to 0.0, or name .*dense.yaml in BASE"),
+        ("AUG.COLOR_JITTER", "0.4", r"AUG.COLOR_JITTER=0.4 is for classification"),
+        ("AUG.AUTO_AUGMENT", "3a", r"AUG.AUTO_AUGMENT='3a' .* set it to 'none'"),
+        ("MODEL.LABEL_SMOOTHING", "0.1", r"LABEL_SMOOTHING=0.1 is for classification"),
+    ],
+)
+@pytest.mark.parametrize("name", ["det", "seg"])
+def test_what_a_dense_task_would_leave_out_is_refused(name, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(CONFIG_DIR / "_base_" / f"smoke_{name}.yaml", [key, value])
 
 
 @pytest.mark.parametrize(

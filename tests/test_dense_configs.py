@@ -20,6 +20,8 @@ from lr_scheduler import build_scheduler
 from models import CONFIG_DIR, build_model, list_models, registry, variant_file
 from models.heads import DenseModel, head_entries
 from modes import check
+from modes.build import check_batch_norm
+from modes.results import throughput_size
 from modes.training import TrainingRun
 from optimizer import build_optimizer
 from tests.small_models import SMALL
@@ -252,6 +254,11 @@ def test_a_recipe_is_the_published_one(name):
     assert config.TRAIN.LR_SCALING == "none"
 
 
+@pytest.mark.parametrize("file", ["dfformer/dfformer_s18_retinanet", "_base_/mask_rcnn_1x_coco"])
+def test_detectors_are_timed_at_one_size_whatever_their_tables_are_stored_for(file):
+    assert throughput_size(load_config(CONFIG_DIR / f"{file}.yaml")) == (800, 1333)
+
+
 def test_every_dense_recipe_is_in_the_table():
     found = {path.stem for path in BASE.glob("*.yaml") if is_dense(path)}
     assert {stem for stem in found if not stem.startswith("smoke")} == {*PUBLISHED, "dense"}
@@ -338,6 +345,7 @@ def test_an_experiment_trains_as_its_recipe_says(path):
     allowed = OF_THE_VARIANT | {"DATA.IMG_SIZE", "MODEL.HEAD.MASK_RCNN.SOFT_NMS"}
     assert differing.keys() <= allowed
     assert config.DATA.IMG_SIZE in (alone.DATA.IMG_SIZE, [800, 800])
+    assert throughput_size(config) == throughput_size(alone)
     assert config.MODEL.NAME in list_models()
     assert config.TAG == config.MODEL.HEAD.TYPE
     assert output_dir(config).parts[-2:] == (config.MODEL.NAME, config.TAG)
@@ -449,6 +457,27 @@ def test_a_recipe_trains_two_steps_and_evaluates(name, tmp_path):
     assert not unused, "these had no gradient, and would need find_unused_parameters"
     moved = [key for key, p in run.model.named_parameters() if not torch.equal(p, before[key])]
     assert len(moved) > 0.8 * len(before)
+
+
+def test_one_image_is_too_few_for_upernet_before_anything_is_written(tmp_path, capsys):
+    small = [
+        *("MODEL.HEAD.TYPE", "upernet", "MODEL.HEAD.UPERNET.CHANNELS", "8"),
+        *("MODEL.HEAD.UPERNET.AUX_CHANNELS", "8", "DATA.BATCH_SIZE", "1", "TRAIN.SYNC_BN", "True"),
+        *("OUTPUT", str(tmp_path / "out")),
+    ]
+    file = BASE / "smoke_seg.yaml"
+    with pytest.raises(SystemExit):
+        program.main(["--cfg", str(file), "--opts", *small])
+    words = " ".join(capsys.readouterr().err.split())
+    assert "DATA.BATCH_SIZE=1: the batch norms of MODEL.HEAD.TYPE='upernet' need 2 images" in words
+    assert not (tmp_path / "out").exists()
+    # Two GPUs with one image each share their statistics; two CPUs cannot.
+    config = load_config(file, small)
+    model = build_model(config, num_classes=4)
+    check_batch_norm(config, model, Runtime(0, 2, 0, torch.device("cuda")))
+    with pytest.raises(ValueError, match=r"DATA\.BATCH_SIZE=1: .* TRAIN\.SYNC_BN True"):
+        check_batch_norm(config, model, Runtime(0, 2, 0, torch.device("cpu")))
+    check(load_config(file, [*small, "MODEL.HEAD.UPERNET.POOL_SCALES", "[2, 3]"]), ALONE)
 
 
 @pytest.mark.parametrize("task", ["det", "seg"])

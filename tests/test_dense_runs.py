@@ -1,15 +1,29 @@
 """What holds for classification holds for dense tasks: processes, resuming, averages, timing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import main as program
-from models import CONFIG_DIR
+from config import load_config
+from models import CONFIG_DIR, build_model
+from modes import dense_evaluation
+from modes.dense_evaluation import Drawing
+from tests.data.coco_files import rewrite, write_coco
 from tests.processes import interrupted_after_saving, run_on_two_processes
+from utils.amp import Amp
 
 RUN = "import sys, main; main.main(sys.argv[1:])"
+REFUSED = """
+import sys, main
+try:
+    main.main(sys.argv[1:])
+except SystemExit as end:
+    print("ended with", end.code)
+"""
 # Seven images to score are four on the first process and three on the second.
 TINY = [
     *("TRAIN.MAX_STEPS", "2", "DATA.BATCH_SIZE", "2", "DATA.SYNTHETIC.TRAIN_SIZE", "8"),
@@ -39,6 +53,51 @@ def test_two_processes_train_and_score_as_one(task, head, tmp_path):
     assert of_one["images"] == 7
 
 
+def test_what_one_process_finds_in_its_share_of_the_data_stops_both(tmp_path):
+    """Trap: the others go on to a collective operation, and wait there."""
+    content = write_coco(tmp_path / "data")["train"]
+    content["images"][1]["height"] += 2
+    rewrite(tmp_path / "data", "train", content)
+    command = ["--cfg", str(CONFIG_DIR / "_base_" / "smoke_det.yaml")]
+    opts = ["DATA.DATASET", "coco", "DATA.DATA_PATH", str(tmp_path / "data")]
+    opts += ["DATA.BATCH_SIZE", "2", "OUTPUT", str(tmp_path / "runs")]
+    first, second = run_on_two_processes(REFUSED, *command, "--opts", *opts, timeout=60)
+    assert "train_001.png has [64, 48] pixels" in first
+    assert first.rstrip().endswith("ended with 2")
+    assert second == "ended with 2\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_scores_stay_when_a_picture_cannot_be_drawn(tmp_path, monkeypatch):
+    command = ["--cfg", str(CONFIG_DIR / "_base_" / "smoke_seg.yaml")]
+    opts = ["--opts", "OUTPUT", str(tmp_path), *TINY, "TRAIN.MAX_STEPS", "1"]
+    program.main([*command, *opts])
+    (last,) = tmp_path.rglob("last.pth")
+    evaluation = last.parent.parent / "eval.json"
+    evaluation.unlink()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(dense_evaluation, "save_picture", full)
+    with pytest.raises(OSError, match="no space left"):
+        program.main([*command, "--eval", "--resume", str(last), *opts, "TEST.PICTURES", "1"])
+    assert json.loads(evaluation.read_text())["images"] == 7
+
+
+def test_pictures_of_images_that_share_a_name_are_all_kept(tmp_path):
+    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    task = SimpleNamespace(predict=lambda *_: [None], picture=lambda *_: picture)
+    amp = Amp(enabled=False)
+    draw = Drawing(nn.Identity(), task, amp, [], [0.5], [0.5], tmp_path)
+    sizes = dict(size=(4, 4), original_size=(4, 4))
+    files = ["day/a.png", "night/a.jpg"]
+    batches = [(torch.zeros(1, 3, 4, 4), [dict(file=file, **sizes)]) for file in files]
+    paths = [draw(batch, number) for number, batch in enumerate(batches)]
+    assert [path.name for path in paths] == ["0000_a.png", "0001_a.png"]
+    assert sorted(tmp_path.iterdir()) == paths
+
+
 @TASKS
 def test_a_run_that_was_cut_off_goes_on_bit_by_bit(task, head, tmp_path):
     """Mask R-CNN draws proposals at random, so the generators must come back too."""
@@ -64,11 +123,41 @@ def test_a_run_that_was_cut_off_goes_on_bit_by_bit(task, head, tmp_path):
 def test_the_whole_and_the_backbone_are_timed_and_counted(task, head, tmp_path):
     command = ["--cfg", str(CONFIG_DIR / "_base_" / f"smoke_{task}.yaml")]
     opts = ["--opts", "OUTPUT", str(tmp_path), *TINY, *head]
-    program.main([*command, "--throughput", *opts])
+    program.main([*command, "--throughput", *opts, "THROUGHPUT_SIZE", "[96, 70]"])
     (file,) = tmp_path.rglob("throughput.json")
     timed = json.loads(file.read_text())
     assert min(timed["img_per_s"], timed["backbone"]["img_per_s"]) > 0
+    for part in (timed, timed["backbone"]):
+        assert (part["height"], part["width"]) == (96, 70)
     assert timed["backbone"].keys() >= {"latency_ms_p50", "latency_ms_p95", "peak_memory_mib"}
     program.main([*command, "--info", *opts, "INFO_SIZE", "[128, 96]"])
+    (file,) = tmp_path.rglob("info.json")
+    assert json.loads(file.read_text())["input_shape"] == [1, 3, 128, 96]
+
+
+@pytest.mark.parametrize("part", ["backbone", "model"])
+def test_only_a_head_that_knows_something_is_scored_before_training(part, tmp_path):
+    """A detector with a fresh head finds nothing, and looks for it in the whole validation set."""
+    file = str(CONFIG_DIR / "_base_" / "smoke_seg.yaml")
+    model = build_model(load_config(file), num_classes=4)
+    weights = (model.backbone if part == "backbone" else model).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    opts = ["--opts", "OUTPUT", str(tmp_path), *TINY, "TRAIN.MAX_STEPS", "1"]
+    program.main(["--cfg", file, "--pretrained", str(tmp_path / "weights.pth"), *opts])
+    (log,) = tmp_path.rglob("log_rank0.txt")
+    assert ("not scored before training: head." in log.read_text()) is (part == "backbone")
+    assert ("before training:  * mIoU" in log.read_text()) is (part == "model")
+
+
+def test_info_of_a_routed_detector_is_the_mean_over_images_of_the_size_that_is_counted(tmp_path):
+    """DGE asks as many queries as its routers choose; images of a detector have different sizes."""
+    opts = ["OUTPUT", str(tmp_path), *TINY, "MODEL.TYPE", "pvt_dge", "INFO_SIZE", "[128, 96]"]
+    opts += ["MODEL.PVT_DGE.EMBED_DIMS", "[16, 16, 32, 32]", "MODEL.PVT_DGE.DEPTHS", "[1, 1, 1, 1]"]
+    opts += ["MODEL.PVT_DGE.NUM_HEADS", "[1, 1, 2, 2]"]
+    program.main(
+        ["--cfg", str(CONFIG_DIR / "_base_" / "smoke_det.yaml"), "--info", "--opts", *opts]
+    )
+    (log,) = tmp_path.rglob("log_rank0.txt")
+    assert "mean over 2 validation images" in log.read_text()
     (file,) = tmp_path.rglob("info.json")
     assert json.loads(file.read_text())["input_shape"] == [1, 3, 128, 96]

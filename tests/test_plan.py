@@ -183,6 +183,32 @@ def test_dge_trains_towards_half_the_complexity():
     assert facts["steps"]["warmup"] == 20 * 5004
 
 
+@pytest.mark.parametrize(("task", "head"), [("det", "retinanet"), ("seg", "semantic_fpn")])
+def test_the_plan_of_a_dense_task_names_its_head_and_nothing_of_other_tasks(task, head):
+    config = load_config(CONFIG_DIR / "_base_" / f"smoke_{task}.yaml")
+    plan = plan_of(config)
+    facts, text = plan.facts, plan.to_text()
+    own = config.AUG.DETECTION if task == "det" else config.AUG.SEGMENTATION
+    assert facts["augmentation"] == dict(
+        hflip=0.5, **{name.lower(): value for name, value in own.items()}
+    )
+    assert facts["head"]["type"] == head
+    assert facts["head"]["fpn_channels"] == 16
+    assert "objective" not in facts
+    assert set(facts["regularisation"]) == {"drop_rate", "drop_path_rate"}
+    for other in ("cross_entropy", "label_smoothing", "mixup", "token_labels"):
+        assert other not in text
+    assert ("short_sides" in text, "max_class_share" in text) == (task == "det", task == "seg")
+
+
+@pytest.mark.parametrize("file", ["smoke_cls", "smoke_det", "smoke_seg"])
+def test_a_plan_has_a_line_per_section(file):
+    """Trap: a section within a section is shown over several lines."""
+    plan = plan_of(load_config(CONFIG_DIR / "_base_" / f"{file}.yaml"))
+    assert plan.to_text().split("\n\n")[0].count("\n") == len(plan.facts) - 1
+    assert "retinanet" not in plan.to_text() or file == "smoke_det"
+
+
 def test_the_files_of_a_plan(tmp_path, caplog):
     opts = ["PLAN.WORLD_SIZE", "2", "TRAIN.WEIGHT_DECAY_END", "0.2"]
     with caplog.at_level(logging.INFO):

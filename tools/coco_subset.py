@@ -31,8 +31,16 @@ def subset(content: dict, count: int) -> dict:
     """The first `count` images with an object that is no crowd; crowds are left out, categories stay.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are not so many, or the content is not that of a file of instances.
     """
+    for part, key in (("images", "id"), ("annotations", "image_id")):
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get(key), (int, str)) for entry in entries
+        ):
+            raise ValueError(
+                f"'{part}' must be a list of objects with '{key}', as in COCO's instances_train2017.json"
+            )
     objects = [entry for entry in content["annotations"] if not entry.get("iscrowd")]
     found = {entry["image_id"] for entry in objects}
     images = [image for image in content["images"] if image["id"] in found]

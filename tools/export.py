@@ -31,7 +31,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import load_config, output_dir  # noqa: E402  found through the line above
+from config import check_is_classifier, load_config, output_dir  # noqa: E402  found through the line above
 from models import Backbone  # noqa: E402
 from models.folding import fold_batch_norms  # noqa: E402
 from models.layers.fourier import set_fourier_way  # noqa: E402
@@ -317,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = {"MODEL.RESUME": args.resume} if args.resume else {}
     try:
         config = load_config(args.cfg, args.opts, flags)
+        check_is_classifier(config, "files give the logits of an image")
         model = build_placed(config, known_classes(config), torch.device("cpu"))
         source = source_of(config, "throughput", output_dir(config) / "checkpoints" / "last.pth")
         if source.kind != "scratch":

@@ -36,7 +36,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import load_config, output_dir  # noqa: E402  found through the line above
+from config import check_is_classifier, load_config, output_dir  # noqa: E402  found through the line above
 from data import build_dataset, build_loader  # noqa: E402
 from engine.train import to_device  # noqa: E402
 from models import Backbone  # noqa: E402
@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     try:
         config = load_config(args.cfg, args.opts, {k: v for k, v in given.items() if v})
+        check_is_classifier(config, "features are what a classifier reads")
         device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
         loaders = {
             split: build_loader(config, "val", dataset=build_dataset(config, split))

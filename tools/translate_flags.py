@@ -6,8 +6,8 @@
 
 Prints the line, a YAML file that says the same (--yaml FILE writes it), and which of the given flags have
 no counterpart, and why. Flags that were not given have that program's defaults, as they would there; what
-equals the variant's own file is left out. For the programs of DeiT, DilateFormer, DHVT, EViT and VTPACK;
-Swin's and DFvT's command lines need no translation.
+equals the variant's own file is left out. For the programs of DeiT (with DeiT III's flags, and with its
+run_with_submitit.py), DilateFormer, DHVT, EViT and VTPACK; Swin's and DFvT's need no translation.
 """
 
 import argparse
@@ -62,6 +62,26 @@ def _data_set(name: str, _: argparse.Namespace) -> Settings:
     return {"DATA.DATASET": known[name]}
 
 
+def _binary(*_: Any) -> Settings:
+    """Every class that is mixed in becomes 1."""
+    return {"TRAIN.LOSS": "bce", "TRAIN.BCE_THRESHOLD": 0.0}
+
+
+def _three_augment(*_: Any) -> Settings:
+    """It takes the place of all other augmentation, and erases nothing."""
+    return {"AUG.AUTO_AUGMENT": "3a", "AUG.REPROB": 0.0, "DATA.INTERPOLATION": "bicubic"}
+
+
+def _simple_crop(_: bool, values: argparse.Namespace) -> Settings:
+    """Only --ThreeAugment looks at it."""
+    return {"AUG.CROP": "simple"} if values.ThreeAugment else {}
+
+
+def _optimizer(name: str, _: argparse.Namespace) -> Settings:
+    apex = dict(fusedadam="fused_adam", fusedlamb="fused_lamb")
+    return {"TRAIN.OPTIMIZER.NAME": apex.get(name, name)}
+
+
 def _lmdb(_: bool, __: argparse.Namespace) -> Settings:
     return {"DATA.DATASET": "lmdb"}
 
@@ -102,7 +122,7 @@ FLAGS: dict[str, Flag] = {
     # On by default, and then never looked at: the recipe says whether it is kept.
     "--model-ema": Flag(bool, None, _average, opposite=True),
     "--model-ema-decay": Flag(float, None, "TRAIN.EMA.DECAY"),
-    "--opt": Flag(str, "adamw", "TRAIN.OPTIMIZER.NAME"),
+    "--opt": Flag(str, "adamw", _optimizer),
     "--opt-eps": Flag(float, 1e-8, "TRAIN.OPTIMIZER.EPS"),
     "--opt-betas": Flag([float], None, "TRAIN.OPTIMIZER.BETAS"),
     "--clip-grad": Flag(float, 0.0, "TRAIN.CLIP_GRAD"),
@@ -110,6 +130,7 @@ FLAGS: dict[str, Flag] = {
     "--weight-decay": Flag(float, 0.05, "TRAIN.WEIGHT_DECAY"),
     "--sched": Flag(str, "cosine", "TRAIN.LR_SCHEDULER.NAME"),
     "--lr": Flag(float, 5e-4, "TRAIN.BASE_LR"),
+    "--unscale-lr": Flag(bool, None, lambda *_: {"TRAIN.LR_SCALING": "none"}),
     "--warmup-lr": Flag(float, 1e-6, "TRAIN.WARMUP_LR"),
     "--min-lr": Flag(float, 1e-5, "TRAIN.MIN_LR"),
     "--decay-epochs": Flag(int, 30, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS"),
@@ -118,11 +139,15 @@ FLAGS: dict[str, Flag] = {
     "--color-jitter": Flag(float, 0.4, "AUG.COLOR_JITTER"),
     "--aa": Flag(str, "rand-m9-mstd0.5-inc1", "AUG.AUTO_AUGMENT"),
     "--smoothing": Flag(float, 0.1, "MODEL.LABEL_SMOOTHING"),
+    "--bce-loss": Flag(bool, None, _binary),
     "--train-interpolation": Flag(str, "bicubic", "DATA.INTERPOLATION"),
     "--repeated-aug": Flag(bool, True, "AUG.REPEATED_AUG", opposite=True),
     "--reprob": Flag(float, 0.25, "AUG.REPROB"),
     "--remode": Flag(str, "pixel", "AUG.REMODE"),
     "--recount": Flag(int, 1, "AUG.RECOUNT"),
+    # Behind what it takes the place of.
+    "--ThreeAugment": Flag(bool, None, _three_augment),
+    "--src": Flag(bool, None, _simple_crop),
     "--mixup": Flag(float, 0.8, "AUG.MIXUP"),
     "--cutmix": Flag(float, 1.0, "AUG.CUTMIX"),
     "--cutmix-minmax": Flag([float], None, "AUG.CUTMIX_MINMAX"),
@@ -146,6 +171,7 @@ FLAGS: dict[str, Flag] = {
     "--resume": Flag(str, None, "MODEL.RESUME"),
     "--start_epoch": Flag(int, None, "TRAIN.START_EPOCH"),
     "--eval": Flag(bool, None, "EVAL_MODE"),
+    "--eval-crop-ratio": Flag(float, None, "TEST.CROP_RATIO"),
     "--only_test_speed": Flag(bool, None, "THROUGHPUT_MODE"),
     "--num_workers": Flag(int, None, "DATA.NUM_WORKERS"),
     "--pin-mem": Flag(bool, None, "DATA.PIN_MEMORY", opposite=True),
@@ -172,6 +198,8 @@ DGE_FLAGS: dict[str, Flag] = {
     ),
 }
 
+SUBMIT = "run_with_submitit.py"
+_JOB = "tools/submit.py has --nodes and --gpus, and runs the line as a Slurm job"
 # flag -> how many words it takes, and why nothing comes of it.
 WITHOUT: dict[str, tuple[str | None, str]] = {
     "--model-ema-force-cpu": (None, "the average is kept on the model's device"),
@@ -186,6 +214,18 @@ WITHOUT: dict[str, tuple[str | None, str]] = {
     "--dist-eval": (None, "evaluation is always shared by all processes, and exact"),
     "--world_size": ("?", "the launcher says how many processes there are"),
     "--dist_url": ("?", "the launcher says where the processes meet"),
+    "--distributed": (None, "the launcher says how many processes there are"),
+    "--train-mode": (None, "training is always in train mode, with drop path"),
+    "--no-train-mode": (None, "training is always in train mode, with drop path"),
+    "--attn-only": (None, "name what is not trained in TRAIN.FREEZE"),
+    "--cosub": (None, "training with two sub-models is not offered"),
+    "--ngpus": ("?", _JOB),
+    "--nodes": ("?", _JOB),
+    "--timeout": ("?", "tools/submit.py --time says how long a job takes"),
+    "--job_dir": ("?", "tools/submit.py --folder is for its logs, --output for the run"),
+    "--partition": ("?", "tools/submit.py --partition is the same"),
+    "--comment": ("?", "tools/submit.py --comment is the same"),
+    "--use_volta32": (None, "tools/submit.py --constraint volta32gb is the same"),
     "--no-tensorboard": (None, "a run writes curves where TensorBoard is installed"),
     "--test_speed": (None, "a run ends with throughput.json; --throughput times alone"),
     "--visualize_mask": (None, "the kept patches are in the model's token_maps()"),
@@ -205,12 +245,13 @@ def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
     """A command line -> the variant's file, the settings that differ from it, remarks, and processes.
 
     Args:
-        words: a launcher and a program (all up to the first word that ends in .py) may come first.
+        words: a launcher and a program (all up to the first word that ends in .py, if there is one) may come
+            first.
 
     Raises:
         ValueError: an unknown flag, model or value; says which is near.
     """
-    program = next((i for i, word in enumerate(words) if word.endswith("main.py")), -1)
+    program = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
     launch, own = words[: program + 1], words[program + 1 :]
     parser = _Parser(add_help=False)
     parser.add_argument("--model", default="deit_base_patch16_224")
@@ -233,6 +274,10 @@ def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
     remarks = [
         f"{name}: {why}" for name, (_, why) in WITHOUT.items() if _given(values, name) is not None
     ]
+    if launch and launch[-1].endswith(SUBMIT):
+        nodes, gpus = values.nodes or 2, values.ngpus or 8  # its defaults
+        job = f"python tools/submit.py --nodes {nodes} --gpus {gpus} --"
+        remarks.append(f"{SUBMIT}: `{job}` in place of `python main.py` starts as many processes")
     return path, differing, remarks, _processes(launch)
 
 
@@ -241,6 +286,8 @@ def _settings(values: argparse.Namespace, kind: str) -> Settings:
     flags = dict(FLAGS)
     if kind == "dilateformer":
         flags["--warmup-epochs"] = flags["--warmup-epochs"]._replace(default=10)
+    if values.ThreeAugment:  # DeiT III's program has a default of its own
+        flags["--color-jitter"] = flags["--color-jitter"]._replace(default=0.3)
     for family, own in (("evit", EVIT_FLAGS), ("_dge", DGE_FLAGS)):
         if kind.endswith(family):
             flags |= own

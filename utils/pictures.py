@@ -20,16 +20,22 @@ Colour = tuple[int, int, int]
 
 _WHITE, _INK = (255, 255, 255), (0, 0, 0)
 
+# Colours beyond it would be too near to one another to tell apart.
+_DISTINCT = 512
 
-@lru_cache
+
 def palette(count: int) -> tuple[Colour, ...]:
     """`count` RGB colours that are as far from each other as can be; the first ones stay when it grows.
 
     Each is the one of a grid of 2197 that is farthest from those before it, black and white included, in
-    OKLab (Ottosson, 2020), where distances are those that people see. At most 512.
+    OKLab (Ottosson, 2020), where distances are those that people see. After 512 they begin again.
     """
-    if not 0 <= count <= 512:
-        raise ValueError(f"a palette has 0 to 512 colours, not {count}")
+    colours = _distinct_colours(min(count, _DISTINCT))
+    return tuple(colours[label % _DISTINCT] for label in range(count))
+
+
+@lru_cache
+def _distinct_colours(count: int) -> tuple[Colour, ...]:
     steps = np.linspace(0, 255, 13).round()
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     seen = _oklab(grid)

@@ -21,7 +21,6 @@ def build_dense_samples(config: Any, dataset: DenseDataset, training: bool) -> D
         in_chans=config.MODEL.IN_CHANS,
         seed=config.SEED,
         training=training,
-        on_error=data.ON_ERROR,
         size_divisor=data.SIZE_DIVISOR,
     )
 

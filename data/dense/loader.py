@@ -37,6 +37,8 @@ class DenseSamples(Samples):
         size_divisor: batches are padded to multiples of it, pixels.
     """
 
+    advice = "replace the file, or take the image out of the data"
+
     def __init__(self, *args: Any, size_divisor: int = 32, **options: Any) -> None:
         super().__init__(*args, arrays=True, **options)
         self.size_divisor = size_divisor

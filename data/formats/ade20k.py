@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.masks import MaskedImages, find_pairs, numbered, read_names
+from data.masks import MaskedImages, find_pairs, numbered, numbers_of, read_names
 from data.registry import register_dataset
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -33,7 +33,12 @@ def ade20k(
         LAYOUT,
     )
     names = _names(folder, classes, reduce_zero_label)
-    return MaskedImages(pairs, numbered(len(names), reduce_zero_label, _REDUCE), names)
+    return MaskedImages(
+        pairs,
+        numbered(len(names), reduce_zero_label, _REDUCE),
+        names,
+        numbers_of(names, reduce_zero_label),
+    )
 
 
 def _names(folder: Path, file: str, reduce_zero_label: bool) -> list[str]:

@@ -38,7 +38,8 @@ LAYOUT = (
 def cityscapes(root: str, split: str) -> MaskedImages:
     """Images of `root/leftImg8bit` with the fine masks of `root/gtFine`.
 
-    Masks of training ids are read where a split has them, else those of ids.
+    Masks of training ids are read where a split has them, else those of ids. What is predicted is written
+    with ids, as the benchmark's server takes it.
 
     Raises:
         FileNotFoundError: folders are missing, images have no mask, or masks no image.
@@ -57,4 +58,4 @@ def cityscapes(root: str, split: str) -> MaskedImages:
         labels | {IGNORED: IGNORED},
         f"{allowed}, and {IGNORED} (ignored); make the mask again with Cityscapes' scripts",
     )
-    return MaskedImages(pairs, meaning, list(CLASSES))
+    return MaskedImages(pairs, meaning, list(CLASSES), list(CLASSES.values()))

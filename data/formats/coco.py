@@ -63,8 +63,9 @@ class CocoImages(DenseDataset):
         self._masks = masks
         state = self._path.stat()
         content = _load(self._path, masks, state.st_mtime_ns, state.st_size)
-        self.classes, self.category_ids, self._records = content
-        self._check_images_are_there(f"DATA.COCO.{split.upper()}_IMAGES")
+        self.classes, self.category_ids, self._records, self._num_objects = content
+        self._key = f"DATA.COCO.{split.upper()}"
+        self._check_images_are_there(f"{self._key}_IMAGES")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -76,6 +77,15 @@ class CocoImages(DenseDataset):
 
     def describe(self, index: int) -> str:
         return str(self._folder / self._records[index]["file_name"])
+
+    def check_objects(self) -> None:
+        """ValueError if no annotation of the file is an object; crowds are none, they are left out."""
+        if not self._num_objects:
+            raise ValueError(
+                f"{self._path} has no annotation, or only crowds, for its {len(self)} images: there is "
+                f"nothing to learn or to score; complete it, or set {self._key} to another file (--eval with "
+                "TEST.REPORT True writes the results of images whose objects are not known)"
+            )
 
     def check_image(self, index: int) -> None:
         """Compare the size of an image, by the head of its file, with what its annotations are for.
@@ -162,6 +172,7 @@ class _Content(NamedTuple):
     classes: list[str]
     category_ids: list[int]
     records: _Records
+    num_objects: int  # without crowds
 
 
 @lru_cache(maxsize=4)  # a run builds each dataset several times
@@ -175,7 +186,9 @@ def _load(path: Path, masks: bool, *_state: int) -> _Content:
     records = (
         dict(id=key, **image, annotations=annotations.get(key, [])) for key, image in images.items()
     )
-    return _Content([names[key] for key in labels], list(labels), _Records(records))
+    entries = (entry for of_image in annotations.values() for entry in of_image)
+    num_objects = sum(not entry["iscrowd"] for entry in entries)
+    return _Content([names[key] for key in labels], list(labels), _Records(records), num_objects)
 
 
 class _File:

@@ -10,6 +10,7 @@ from data.masks import (
     check_class_count,
     find_pairs,
     numbered,
+    numbers_of,
     read_names,
 )
 from data.registry import register_dataset
@@ -85,7 +86,7 @@ def image_pairs(
         _REDUCE,
         multi_channel=f"if the masks are in colours, name the file of their colours in {_PALETTE}",
     )
-    return MaskedImages(pairs, meaning, named)
+    return MaskedImages(pairs, meaning, named, numbers_of(named, reduce_zero_label))
 
 
 def _pattern(root: Path, value: str, key: str) -> tuple[Path, str]:

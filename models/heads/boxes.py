@@ -218,6 +218,19 @@ def first_map(features: list[dict[str, int]], num_maps: int) -> int:
     return len(features) - num_maps
 
 
+def check_overlaps(negative: float, positive: float, prefix: str = "") -> None:
+    """ValueError unless the IoU below which anchors are background is at most that of what they are to find.
+
+    Args:
+        prefix: what the two keywords begin with.
+    """
+    if negative > positive:
+        raise ValueError(
+            f"{prefix}NEGATIVE_IOU={negative} of the detection head must be at most "
+            f"{prefix}POSITIVE_IOU={positive}: an anchor cannot be both background and an object"
+        )
+
+
 def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes (..., 4) -> centres (..., 2) and sides (..., 2), both x first."""
     low, high = boxes[..., :2], boxes[..., 2:]

@@ -1,7 +1,7 @@
 """A backbone with a head for detection or segmentation, which keeps the contract of a backbone."""
 
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -36,7 +36,8 @@ class DenseModel(Backbone):
                 "dense tasks would leave without gradients: build it with num_classes=0"
             )
         self.backbone, self.pyramid, self.head, self.task = backbone, pyramid, head, task
-        self.num_features, self.feature_info = backbone.num_features, backbone.feature_info
+        self.num_features = backbone.num_features
+        self.feature_info = backbone.feature_info if pyramid is None else pyramid.features
         self.num_classes = head.num_classes
         # Trained, they would get no gradient, which DDP refuses.
         for index in getattr(head, "unused_maps", ()):
@@ -55,8 +56,30 @@ class DenseModel(Backbone):
 
     def forward_pyramid(self, x: Tensor) -> list[Tensor]:
         """Images -> the maps that the head gets, fine to coarse."""
+        self.backbone.forget_inputs()
         maps = self.backbone.forward_pyramid(x)
         return maps if self.pyramid is None else self.pyramid(maps[0])
+
+    def forward_features(self, x: Tensor) -> NoReturn:
+        raise self._no_classifier("forward_features")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> NoReturn:
+        raise self._no_classifier("forward_head")
+
+    def reset_classifier(self, num_classes: int) -> NoReturn:
+        raise self._no_classifier("reset_classifier")
+
+    def _no_classifier(self, method: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{method}: a model for {self.task} has no classifier of whole images. Call forward or "
+            "forward_pyramid, or the method of its `backbone`; for other classes build a new one, with "
+            "build_model(config, num_classes=...)"
+        )
+
+    @property
+    def cost_depends_on_images(self) -> bool:
+        """That of the backbone; a head costs the same for all images where papers count."""
+        return self.backbone.cost_depends_on_images
 
     def timed_parts(self) -> dict[str, nn.Module]:
         return {"backbone": _Maps(self.backbone)}
@@ -100,7 +123,12 @@ class DenseModel(Backbone):
         self.backbone.set_progress(step, total_steps, warmup_steps, steps_per_epoch)
 
     def token_maps(self) -> dict[str, Tensor]:
-        return self.backbone.token_maps()
+        """Those of the backbone: `kind::path` becomes `kind::backbone.path`, and `name` `backbone.name`."""
+        maps = {}
+        for name, result in self.backbone.token_maps().items():
+            kind, separator, path = name.rpartition("::")
+            maps[f"{kind}{separator}backbone.{path}"] = result
+        return maps
 
     def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
         tables = self.backbone.position_tables()
@@ -123,6 +151,7 @@ class _Maps(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        self.backbone.forget_inputs()
         return self.backbone.forward_pyramid(images)
 
 

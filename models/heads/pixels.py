@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 # Label of pixels that count neither in training nor in evaluation.
 IGNORED = 255
+# Labels are 0 ... 253: masks are bytes, and 254 is where data finds a value that no class has.
+MAX_CLASSES = 254
 
 
 class PixelHead(nn.Module):

@@ -9,8 +9,7 @@ Deviations: from torchvision's `RegionProposalNetwork` and `RoIHeads`, whose con
             matching. As in mmdet the background is the last class, so labels are 0 ... K-1 everywhere.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,16 +25,16 @@ from .boxes import (
     BACKGROUND,
     AnchorGrid,
     best_candidates,
+    check_overlaps,
     clip,
     decode,
     encode,
-    first_map,
     flatten_level,
     has_area,
     image_sizes,
     match,
 )
-from .fpn import FeaturePyramid
+from .detector import DetectionHead
 from .nms import Suppression
 from .registry import register_head
 
@@ -91,6 +90,7 @@ class ProposalNetwork(nn.Module):
         self.anchors = anchors
         self.smooth_l1_beta = smooth_l1_beta
         self.head = RPNHead(channels, anchors.num_anchors, num_convs)
+        check_overlaps(negative_iou, positive_iou, "RPN_")
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.batch, self.positive_fraction = batch, positive_fraction
         self.candidates = dict(zip((True, False), candidates, strict=True))
@@ -195,17 +195,15 @@ class MaskHead(nn.Sequential):
         )
 
 
-class TwoStageHead(nn.Module):
+class TwoStageHead(DetectionHead):
     """Feature pyramid, proposals, and one or more stages that look at them; subclasses say which.
 
+    Papers count 1000 proposals and 100 masks per image, whatever is in it.
+
     Args:
-        features: `dict(channels, stride)` of each map, fine to coarse.
-        num_classes: K.
-        num_maps: how many of the maps are used, the coarsest ones.
+        features, num_classes, num_maps, extra_levels, shared: as in `DetectionHead`.
         fpn_channels: width of pyramid, proposal network and mask heads.
-        extra_levels: "pool": one coarser level for proposals; see `FeaturePyramid`.
         anchor_scale: side of the anchors, in strides.
-        anchor_ratios: height over width.
         rpn_convs: convolutions before the proposal network's outputs.
         rpn_positive_iou, rpn_negative_iou: as in `boxes.match`; the anchors that overlap a box most count as
             positive from the negative one on.
@@ -217,8 +215,6 @@ class TwoStageHead(nn.Module):
         roi_sampling: samples per bin of RoIAlign in each direction, 0 as many as the bin has pixels.
         fc_dim: width of the layers on pooled features.
         roi_batch, roi_positive_fraction: proposals per image in the losses, and how many may be positive.
-        score_threshold, nms_threshold, detections_per_image: what is kept at test.
-        soft_nms, soft_nms_sigma, soft_nms_min_score: as in `Suppression`.
     """
 
     # What the paper fixes: the stages, one box per proposal or one per class and proposal, where smooth L1
@@ -227,7 +223,6 @@ class TwoStageHead(nn.Module):
     class_agnostic: ClassVar[bool] = False
     smooth_l1_beta: ClassVar[float] = 0.0
     rpn_smooth_l1_beta: ClassVar[float] = 0.0
-    needs_masks: ClassVar[bool] = False
     mask_roi_size: ClassVar[int] = 14
 
     def __init__(
@@ -235,11 +230,8 @@ class TwoStageHead(nn.Module):
         features: list[dict[str, int]],
         num_classes: int,
         *,
-        num_maps: int = 4,
         fpn_channels: int = 256,
-        extra_levels: str = "pool",
         anchor_scale: float = 8.0,
-        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
         rpn_convs: int = 1,
         rpn_positive_iou: float = 0.7,
         rpn_negative_iou: float = 0.3,
@@ -253,30 +245,17 @@ class TwoStageHead(nn.Module):
         fc_dim: int = 1024,
         roi_batch: int = 512,
         roi_positive_fraction: float = 0.25,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        detections_per_image: int = 100,
-        soft_nms: str = "none",
-        soft_nms_sigma: float = 0.5,
-        soft_nms_min_score: float = 0.001,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
+        super().__init__(features, num_classes, fpn_channels=fpn_channels, **shared)
         for key, pair in (("RPN_CANDIDATES", rpn_candidates), ("RPN_PROPOSALS", rpn_proposals)):
             if len(pair) != 2:
                 raise ValueError(
                     f"{key}={[*pair]} must be two numbers: in training and in evaluation"
                 )
-        self.first_map = first_map(features, num_maps)
-        self.unused_maps = tuple(range(self.first_map))
-        used = features[self.first_map :]
-        self.roi_strides = [f["stride"] for f in used]
-        self.fpn = FeaturePyramid([f["channels"] for f in used], fpn_channels, extra_levels)
-        strides = self.roi_strides
-        anchors = AnchorGrid(self.fpn.strides(strides), strides[-1], [anchor_scale], anchor_ratios)
         self.rpn = ProposalNetwork(
             fpn_channels,
-            anchors,
+            self.anchor_grid([anchor_scale]),
             num_convs=rpn_convs,
             positive_iou=rpn_positive_iou,
             negative_iou=rpn_negative_iou,
@@ -296,11 +275,6 @@ class TwoStageHead(nn.Module):
         )
         self.roi_size, self.roi_sampling = roi_size, roi_sampling
         self.roi_batch, self.roi_positive_fraction = roi_batch, roi_positive_fraction
-        self.score_threshold = score_threshold
-        self.suppress = Suppression(
-            nms_threshold, detections_per_image, soft_nms, soft_nms_sigma, soft_nms_min_score
-        )
-        self._counting = False
 
     def forward(
         self, maps: list[Tensor], images: Tensor, targets: list[dict[str, Any]] | None = None
@@ -311,7 +285,7 @@ class TwoStageHead(nn.Module):
         Detections: per image boxes (n, 4) in pixels of `images`, clipped to its `size`, scores (n,), labels
         (n,), 0 ... K-1, the highest score first, and with masks their probabilities (n, 28, 28) in the boxes.
         """
-        levels = self.fpn(maps[self.first_map :])
+        levels = self.levels(maps)
         logits, deltas = self.rpn(levels)
         if self._counting:
             return self._counted(levels, logits, deltas)
@@ -323,15 +297,6 @@ class TwoStageHead(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             losses = self._rpn_losses(logits, deltas, anchors, targets, sizes)
         return losses | self._stage_losses(levels, proposals, targets, sizes)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """While it is entered, evaluation runs 1000 proposals and 100 masks per image, whatever is in it."""
-        self._counting = True
-        try:
-            yield
-        finally:
-            self._counting = False
 
     @torch.compiler.disable
     def _propose(self, *args: Any) -> list[Tensor]:
@@ -391,8 +356,8 @@ class TwoStageHead(nn.Module):
     @torch.compiler.disable
     def _pool(self, levels: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
         """Levels and boxes (n_i, 4) per image -> features (sum of n_i, C, size, size), in the maps' type."""
-        levels = levels[: len(self.roi_strides)]
-        return pool(levels, self.roi_strides, boxes, size, self.roi_sampling)
+        levels = levels[: len(self.map_strides)]
+        return pool(levels, self.map_strides, boxes, size, self.roi_sampling)
 
     @torch.compiler.disable
     def _box_losses(

@@ -9,8 +9,6 @@ Deviations: from torchvision's `RetinaNet`, whose losses are the mean over image
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,45 +18,36 @@ from torchvision.ops import sigmoid_focal_loss
 
 from .boxes import (
     IGNORED,
-    AnchorGrid,
     best_candidates,
+    check_overlaps,
     encode,
-    first_map,
     flatten_level,
     image_sizes,
     match,
 )
-from .fpn import FeaturePyramid
-from .nms import Suppression
+from .detector import DetectionHead
 from .registry import register_head
 
 
 @register_head("retinanet", task="detection")
-class RetinaNetHead(nn.Module):
+class RetinaNetHead(DetectionHead):
     """Feature pyramid, and two towers of convolutions that all levels share.
 
+    Papers count all of it but the choice of boxes.
+
     Args:
-        features: `dict(channels, stride)` of each map, fine to coarse.
-        num_classes: K.
-        num_maps: how many of the maps are used, the coarsest ones.
-        fpn_channels: width of pyramid and towers.
-        extra_levels: "convs": two coarser levels, from the last map; "pool", "none": see `FeaturePyramid`.
+        features, num_classes, num_maps, fpn_channels, extra_levels, shared: as in `DetectionHead`.
         num_convs: length of each tower.
         norm: "none", or "group" for group norms in the towers, which training from scratch needs
             (arXiv:1811.08883).
         anchor_scale: side of the smallest anchors, in strides (mmdet: octave base scale).
         scales_per_octave: anchor sizes per level, 2^(1 / scales_per_octave) apart.
-        anchor_ratios: height over width.
         positive_iou, negative_iou: as in `boxes.match`.
         focal_alpha, focal_gamma: weight of the positive examples, and how little easy ones count.
         box_weight: weight of the L1 loss.
         prior: probability that every class starts with at every anchor.
-        score_threshold, nms_threshold, detections_per_image: what is kept at test.
         candidates_per_level: boxes that a level proposes before suppression.
-        soft_nms, soft_nms_sigma, soft_nms_min_score: as in `Suppression`.
     """
-
-    needs_masks = False
 
     def __init__(
         self,
@@ -72,30 +61,25 @@ class RetinaNetHead(nn.Module):
         norm: str = "none",
         anchor_scale: float = 4.0,
         scales_per_octave: int = 3,
-        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
         positive_iou: float = 0.5,
         negative_iou: float = 0.4,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         box_weight: float = 1.0,
         prior: float = 0.01,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        detections_per_image: int = 100,
         candidates_per_level: int = 1000,
-        soft_nms: str = "none",
-        soft_nms_sigma: float = 0.5,
-        soft_nms_min_score: float = 0.001,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.first_map = first_map(features, num_maps)
-        self.unused_maps = tuple(range(self.first_map))
-        used = features[self.first_map :]
-        self.fpn = FeaturePyramid([f["channels"] for f in used], fpn_channels, extra_levels)
+        super().__init__(
+            features,
+            num_classes,
+            num_maps=num_maps,
+            fpn_channels=fpn_channels,
+            extra_levels=extra_levels,
+            **shared,
+        )
         scales = [anchor_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
-        strides = [f["stride"] for f in used]
-        self.anchors = AnchorGrid(self.fpn.strides(strides), strides[-1], scales, anchor_ratios)
+        self.anchors = self.anchor_grid(scales)
         num_anchors = self.anchors.num_anchors
         self.cls_tower = _tower(fpn_channels, num_convs, norm)
         self.box_tower = _tower(fpn_channels, num_convs, norm)
@@ -108,14 +92,11 @@ class RetinaNetHead(nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
         nn.init.constant_(self.cls_output.bias, -math.log((1 - prior) / prior))
+        check_overlaps(negative_iou, positive_iou)
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         self.box_weight = box_weight
-        self.score_threshold, self.candidates_per_level = score_threshold, candidates_per_level
-        self.suppress = Suppression(
-            nms_threshold, detections_per_image, soft_nms, soft_nms_sigma, soft_nms_min_score
-        )
-        self._counting = False
+        self.candidates_per_level = candidates_per_level
 
     def forward(
         self, maps: list[Tensor], images: Tensor, targets: list[dict[str, Any]] | None = None
@@ -125,7 +106,7 @@ class RetinaNetHead(nn.Module):
         Detections: per image boxes (n, 4) in pixels of `images`, clipped to its `size`, scores (n,) and
         labels (n,), 0 ... K-1, the highest score first.
         """
-        levels = self.fpn(maps[self.first_map :])
+        levels = self.levels(maps)
         logits, deltas = [], []
         for x in levels:
             logits.append(flatten_level(self.cls_output(self.cls_tower(x)), self.num_classes))
@@ -139,15 +120,6 @@ class RetinaNetHead(nn.Module):
         labels, wanted = self._assign(torch.cat(anchors), targets, sizes)
         with torch.autocast(images.device.type, enabled=False):
             return self._losses(torch.cat(logits, dim=1), torch.cat(deltas, dim=1), labels, wanted)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """While it is entered, evaluation stops before boxes are chosen, as detection papers count."""
-        self._counting = True
-        try:
-            yield
-        finally:
-            self._counting = False
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -50,6 +50,9 @@ class UPerNet(PixelHead):
         aux_stage: map that an FCN head learns the same labels from while training, counted from 1.
         aux_channels: of that head.
         aux_weight: factor on its loss; 0 leaves it out.
+
+    Attributes:
+        min_batch: images that a training step needs, for a batch norm to have more than one value.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class UPerNet(PixelHead):
         self.pooling = PyramidPooling(last, channels, pool_scales)
         self.outputs = nn.ModuleList(conv_norm_act(channels, channels) for _ in lower)
         self.fuse = conv_norm_act(len(features) * channels, channels)
+        self.min_batch = 2 if 1 in self.pooling.scales else 1
         self.aux_stage, self.aux_weight = aux_stage, aux_weight
         self.auxiliary = None
         if aux_weight:

@@ -6,6 +6,7 @@ import torch
 
 from config import load_config
 from data import build_data, build_loader
+from data.build import check_data
 from data.dense.loader import pad_to_batch
 from tests.data.coco_files import write_coco
 from tests.data.segmentation_files import write_ade
@@ -65,10 +66,10 @@ def load(root, task, head, dataset, *opts):
         *("AUG.DETECTION.SHORT_SIDES", "[40, 56]", "AUG.DETECTION.LONG_SIDE", "80"),
         *("TEST.DETECTION.SHORT_SIDE", "48", "TEST.DETECTION.LONG_SIDE", "80"),
         *("AUG.SEGMENTATION.RESIZE", "[128, 48]", "AUG.SEGMENTATION.CROP", "[40, 48]"),
-        *("TEST.SEGMENTATION.RESIZE", "[128, 48]", "AUG.REPEATED_AUG", "False"),
+        *("TEST.SEGMENTATION.RESIZE", "[128, 48]"),
         *opts,
     ]
-    return load_config("configs/pvt/pvt_tiny_256.yaml", opts)
+    return load_config("configs/_base_/dense.yaml", opts)
 
 
 @pytest.mark.parametrize("kind", ["coco", "ade"])
@@ -143,5 +144,13 @@ def test_an_unreadable_image_is_named(coco):
     dataset = build_loader(coco, "val").dataset
     path = dataset.dataset.describe(1)
     np.zeros(3).tofile(path)
-    with pytest.raises(OSError, match=f"cannot read {path}"):
+    with pytest.raises(OSError, match=f"cannot read {path}.*take the image out of the data"):
         list(build_loader(coco, "val"))
+
+
+def test_fewer_images_than_a_batch_are_known_before_training(coco):
+    config = load(coco.DATA.DATA_PATH, "detection", "mask_rcnn", "coco", "DATA.BATCH_SIZE", "6")
+    with pytest.raises(ValueError, match="5 images, and one batch needs 6"):
+        check_data(config)
+    with pytest.raises(ValueError, match="one batch needs 6"):
+        check_data(coco, world_size=3)

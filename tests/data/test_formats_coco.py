@@ -12,9 +12,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from config import load_config
+from data import check_data, check_evaluation
 from data.dense.detection import DetectionSample, decode_masks, eval_transform
 from data.formats.coco import unpack_run_lengths
 from data.registry import create_dataset
+from models import CONFIG_DIR
 from tests.data.coco_files import CATEGORIES, rewrite, run_lengths, write_coco
 
 
@@ -351,6 +354,28 @@ def test_a_file_without_annotations_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(opened(tmp_path)) == 4
     assert "has no annotation" in caplog.text
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_objects_stops_a_run_before_it_trains(tmp_path, split, crowds):
+    content = write_coco(tmp_path)[split]
+    content["annotations"] = [a for a in content["annotations"] if crowds and a["iscrowd"]]
+    assert bool(content["annotations"]) == crowds
+    path = rewrite(tmp_path, split, content)
+    opts = ["DATA.DATASET", "coco", "DATA.DATA_PATH", str(tmp_path)]
+    file = CONFIG_DIR / "_base_" / "smoke_det.yaml"
+    message = rf"{path} has no annotation, or only crowds, .*DATA\.COCO\.{split.upper()} "
+    with pytest.raises(ValueError, match=message):
+        check_data(load_config(file, opts))
+    evaluation = [*opts, "EVAL_MODE", "True"]
+    if split == "val":
+        with pytest.raises(ValueError, match=message):
+            check_evaluation(load_config(file, evaluation))
+    # Results of a test set can be written, but not while training.
+    check_evaluation(load_config(file, [*evaluation, "TEST.REPORT", "True"]))
+    with pytest.raises(ValueError, match=message):
+        check_data(load_config(file, [*opts, "TEST.REPORT", "True"]))
 
 
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)

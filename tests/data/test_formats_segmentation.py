@@ -343,6 +343,33 @@ def test_masks_of_training_ids_are_preferred(tmp_path):
     dataset.check()
 
 
+def test_predictions_get_the_values_of_the_masks(tmp_path):
+    """What `labels/*.png` hold is what the benchmarks' servers read, and what the masks have."""
+    ids = range(34)
+    for train_ids in (False, True):
+        values = range(19) if train_ids else ids
+        write_cityscapes(tmp_path, size=(48, 48), values=values, train_ids=train_ids)
+        assert open_data("cityscapes", tmp_path).category_ids == list(CLASSES.values())
+    write_ade(tmp_path / "ade", train=1)
+    write_pairs(tmp_path / "pairs")
+    for name, folder, options in (
+        ("ade20k", "annotations/training", dict(classes="names.txt")),
+        ("image_pairs", "annotations/train", dict(classes="names.txt")),
+    ):
+        root = tmp_path / dict(ade20k="ade", image_pairs="pairs")[name]
+        for reduced in (True, False):
+            count = (3 if name == "ade20k" else 2) + (not reduced)
+            (root / "names.txt").write_text("\n".join(f"n{i}" for i in range(count)))
+            dataset = open_data(name, root, reduce_zero_label=reduced, **options)
+            mask = dataset.read(0)[1]["mask"]
+            stored = np.asarray(Image.open(sorted((root / folder).glob("*.png"))[0]))
+            table = np.zeros(256, np.uint8)
+            table[: len(dataset.category_ids)] = dataset.category_ids
+            counts = mask != IGNORED
+            assert counts.any()
+            np.testing.assert_array_equal(table[mask[counts]], stored[counts])
+
+
 def test_a_cityscapes_mask_with_other_numbers_is_refused(tmp_path):
     write_cityscapes(tmp_path, values=(7, 34))
     refused(tmp_path, "ulm_000000.*it has the value 34.*0 to 33", "cityscapes")

@@ -98,6 +98,7 @@ def test_a_classifier_starts_the_backbone(name, caplog):
     heads = under(own, "head.", "pyramid.")
     assert equal(model, before, heads)
     assert heads <= set(report.missing)
+    assert report.fresh_head == sorted(heads)
     assert report.head_replaced
     assert all(key.startswith("backbone.head") for key in report.head_replaced)
     differing = tuple(f"backbone.{prefix}" for prefix in model.backbone.dense_differences())
@@ -201,6 +202,7 @@ def test_our_own_file_gives_backbone_pyramid_and_head():
     report = load_pretrained(model, {"model": file.state_dict()})
     assert equal(model, file.state_dict(), file.state_dict())
     assert report.missing == report.unexpected == report.head_replaced == report.other_head == []
+    assert report.fresh_head == []
     assert report.loaded == len(file.state_dict())
     load_pretrained(dense("deit", seed=7), {"model": file.state_dict()}, new_head=False)
 
@@ -213,7 +215,7 @@ def test_only_layers_with_rows_per_class_are_fresh_for_other_classes(rows):
     state = file.state_dict()
     report = load_pretrained(model, state)
     replaced = {"head.classifier.bias", "head.classifier.weight"}
-    assert set(report.head_replaced) == replaced
+    assert set(report.head_replaced) == set(report.fresh_head) == replaced
     assert torch.equal(model.head.classifier.weight, fresh)
     assert equal(model, state, state.keys() - replaced)
     with pytest.raises(

@@ -49,6 +49,27 @@ def test_a_keyword_without_default_or_plain_type_is_refused():
         signature_fields(Callback)
 
 
+def test_star_keywords_are_those_of_the_base_with_defaults_of_ones_own():
+    class Base:
+        def __init__(self, *, dim: int = 8, ratio: float = 2.0):
+            pass
+
+    class Both(Base):
+        def __init__(self, *, depth: int = 1, dim: int = 16, **base: float):
+            pass
+
+    class OwnOnly(Both):
+        def __init__(self, *, depth: int = 2):
+            pass
+
+    assert signature_fields(Both) == {
+        "depth": Field(1, (int,)),
+        "dim": Field(16, (int,)),
+        "ratio": Field(2.0, (float,)),
+    }
+    assert signature_fields(OwnOnly) == {"depth": Field(2, (int,))}
+
+
 def test_a_name_is_registered_once(monkeypatch):
     monkeypatch.setattr(registry, "_ENTRIES", {})
     registry.register("Example")(Example)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine import evaluate
+from tasks.classification import ClassificationTask
 from tasks.classification_metrics import (
     ALEXNET_ERRORS,
     ClassificationEvaluator,
@@ -16,6 +18,7 @@ from tasks.classification_metrics import (
 )
 from tasks.classification_report import check_predictions_file, write_predictions, write_report
 from tasks.views import AveragedViews, averaged
+from utils.amp import Amp
 from utils.wrappers import unwrap
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -275,6 +278,22 @@ def test_crops_are_the_corners_and_the_centre():
     torch.testing.assert_close(averaged(model, "five", (4, 4))(images).exp(), mean)
     mirrored = sum(model(crop.flip(-1)).softmax(1) for crop in crops) / 5
     torch.testing.assert_close(averaged(model, "ten", (4, 4))(images).exp(), (mean + mirrored) / 2)
+
+
+def test_what_a_model_tells_of_images_is_left_out_with_views():
+    """It would be that of the last view."""
+
+    class Telling(Brightness):
+        def image_values(self):
+            return {"seen": torch.ones(2)}
+
+    batches = [(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]))]
+    for kind, told in (("none", True), ("flip", False)):
+        model = averaged(Telling(), kind, (4, 4))
+        scores = evaluate(
+            model, ClassificationTask(3), batches, device=torch.device("cpu"), amp=Amp()
+        )
+        assert ("seen_mean" in scores) is told
 
 
 def test_views_of_certain_predictions_are_finite():

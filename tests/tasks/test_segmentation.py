@@ -9,11 +9,13 @@ from torch import nn
 
 from config import load_config
 from engine import evaluate
-from models import create_model
+from models import CONFIG_DIR, create_model
 from models.heads import DenseModel
+from models.heads.pixels import MAX_CLASSES
 from models.heads.semantic_fpn import SemanticFPN
 from tasks import build_task
 from tasks.segmentation import SegmentationTask
+from tasks.windows import Looks
 from tests.small_models import SMALL
 from utils.amp import Amp
 
@@ -154,23 +156,53 @@ def test_a_batch_without_a_pixel_that_counts_trains_nothing():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(), True),
+        (dict(scales=(0.5,)), True),
+        (dict(flip=True), False),
+        (dict(scales=(0.5, 1.0)), False),
+        (dict(mode="slide", crop=(32, 32), stride=(32, 32)), False),
+    ],
+)
+def test_what_a_model_tells_of_an_image_is_left_out_where_it_looked_several_times(options, told):
+    """It would be that of the last window, scale or mirror image."""
+
+    class Telling(Known):
+        def forward(self, images, targets=None):
+            self.seen = images.sum((1, 2, 3))
+            return super().forward(images, targets)
+
+        def image_values(self):
+            return {"seen": self.seen}
+
+    task = SegmentationTask(3, Looks(**options))
+    batches = [eval_batch((64, 96), (64, 96))]
+    scores = evaluate(Telling(), task, batches, device=torch.device("cpu"), amp=Amp())
+    assert ("seen_mean" in scores) is told
+    assert scores["images"] == 1
+
+
 def test_models_of_another_task_are_refused():
     SegmentationTask(3).check(Known())
     with pytest.raises(ValueError, match="TASK='segmentation' cannot train Linear"):
         SegmentationTask(3).check(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("classes", [1, 256])
+@pytest.mark.parametrize("classes", [1, 255])
 def test_numbers_of_classes_that_masks_cannot_hold_are_refused(classes):
     with pytest.raises(
-        ValueError, match=f"NUM_CLASSES={classes}: segmentation needs from 2 to 255"
+        ValueError, match=f"NUM_CLASSES={classes}: segmentation needs from 2 to 254"
     ):
         SegmentationTask(classes)
+    SegmentationTask(MAX_CLASSES)
 
 
 def test_the_config_says_how_images_are_looked_at(tmp_path):
     path = tmp_path / "experiment.yaml"
     path.write_text(
+        f"BASE: [{CONFIG_DIR / '_base_' / 'dense.yaml'}]\n"
         "TASK: segmentation\n"
         "DATA: {SIZE_DIVISOR: 16}\n"
         "MODEL: {HEAD: {TYPE: semantic_fpn}}\n"

@@ -1,10 +1,13 @@
 """What a segmenter is shown of an image, against loops that show it the same."""
 
+import cv2
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import tv_tensors
 
+from data.dense.segmentation import eval_transform
 from tasks import windows
 from tasks.windows import Looks, View, most_probable
 
@@ -118,10 +121,12 @@ def test_overlapping_windows_are_a_loop_over_pixels(model, size, crop, stride):
 def test_scales_and_mirrored_images_are_averaged_as_probabilities(model, mode):
     image, size = torch.randn(3, 50, 70), (75, 90)
     total = 0
-    for scale, scaled_size in ((0.5, (25, 35)), (1.0, (50, 70)), (1.75, (88, 122))):
+    for scale, scaled_size in ((0.5, (25, 35)), (1.0, (50, 70)), (1.75, (88, 123))):
         scaled = image
         if scale != 1:
-            scaled = F.interpolate(image[None], scaled_size, mode="bilinear", antialias=True)[0]
+            pixels = image.permute(1, 2, 0).numpy()
+            pixels = cv2.resize(pixels, scaled_size[::-1], interpolation=cv2.INTER_LINEAR)
+            scaled = torch.from_numpy(pixels).permute(2, 0, 1)
         for mirrored in (False, True):
             shown = scaled.flip(-1) if mirrored else scaled
             logits = (
@@ -137,6 +142,21 @@ def test_scales_and_mirrored_images_are_averaged_as_probabilities(model, mode):
     clear = best[0] - best[1] > 1e-4  # sums of other orders may tie otherwise
     assert clear.float().mean() > 0.99
     assert torch.equal(labels[clear], total.argmax(0).byte()[clear])
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.5])
+def test_scales_resize_as_the_transform_of_evaluation(scale):
+    """A scale of an image is what TEST.SEGMENTATION.RESIZE times the scale would have made of it."""
+    pixels = torch.randint(256, (3, 52, 72), dtype=torch.uint8)
+    resize = [round(72 * scale), round(52 * scale)]
+    expected, _ = eval_transform(resize=resize)(tv_tensors.Image(pixels), {})
+    scaled = windows._scaled(pixels.float(), scale)
+    assert scaled.shape == expected.shape
+    assert (scaled - expected).abs().max() < 1.01  # rounded to bytes there, by side
+
+
+def test_the_sides_of_scales_are_rounded_with_halves_up():
+    assert windows._scaled(torch.zeros(3, 41, 37), 0.5).shape == (3, 21, 19)
 
 
 @torch.no_grad()

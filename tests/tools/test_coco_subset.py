@@ -36,6 +36,26 @@ def test_more_images_than_there_are_is_an_error(tmp_path, images, capsys):
     assert not (tmp_path / "new.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"info": {}, "images": []}, "annotations"),
+        ({"annotations": []}, "images"),
+        ({"images": [{"id": 1}], "annotations": [{"id": 1}]}, "annotations"),
+        ({"images": {"id": 1}, "annotations": []}, "images"),
+        ([], "images"),
+    ],
+)
+def test_a_file_of_something_else_is_an_error(tmp_path, content, part, capsys):
+    source = tmp_path / "captions.json"
+    source.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        coco_subset.main([str(source), str(tmp_path / "new.json")])
+    message = capsys.readouterr().err
+    assert f"{source}: '{part}' must be a list of objects with" in message
+    assert not (tmp_path / "new.json").exists()
+
+
 def test_no_file_is_overwritten(tmp_path, capsys):
     write_coco(tmp_path)
     source = tmp_path / "annotations" / "instances_train2017.json"

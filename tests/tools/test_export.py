@@ -268,6 +268,13 @@ def test_the_program_says_why_it_refuses(tmp_path, capsys):
     assert "any size" in capsys.readouterr().err
 
 
+def test_a_detector_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["--cfg", "configs/_base_/smoke_det.yaml", "--output", str(tmp_path / "files")])
+    assert "TASK='detection' must be 'classification'" in capsys.readouterr().err
+    assert not (tmp_path / "files").exists()
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_folded_files_hold_no_batch_norm(fold, tmp_path):
     name = "dfvt_tiny"

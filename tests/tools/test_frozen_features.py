@@ -156,3 +156,10 @@ def test_mistakes_are_named(args, message, capsys):
     with pytest.raises(SystemExit):
         frozen_features.main(["--cfg", DEMO, *args, "--opts", *OPTS])
     assert message in capsys.readouterr().err
+
+
+def test_a_segmenter_is_refused(capsys):
+    cfg = str(CONFIG_DIR / "_base_" / "smoke_seg.yaml")
+    with pytest.raises(SystemExit):
+        frozen_features.main(["--cfg", cfg, "--linear"])
+    assert "TASK='segmentation' must be 'classification'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from tools import translate_flags
 from tools.translate_flags import DGE_FLAGS, EVIT_FLAGS, FLAGS, ROOT, WITHOUT, main, translate
 from utils.arguments import parse_args
 
-# The parsers of DilateFormer, DHVT, EViT and VTPACK.
+# The parsers of DilateFormer, DHVT, EViT and VTPACK; then what DeiT's has besides, and its submitit's.
 COMMON = """--batch-size --epochs --model --input-size --drop --drop-path --model-ema --no-model-ema
 --model-ema-decay --opt --opt-eps --opt-betas --clip-grad --momentum --weight-decay --sched --lr --lr-noise
 --lr-noise-pct --lr-noise-std --warmup-lr --min-lr --decay-epochs --warmup-epochs --cooldown-epochs
@@ -24,6 +24,9 @@ EVIT = """--test_speed --only_test_speed --fuse_token --base_keep_rate --shrink_
 --drop_loc --use-lmdb --visualize_mask --n_visualization"""
 VTPACK = """--linear-warmup --no-linear-warmup --eval-epochs --checkpoint-epochs --no-tensorboard --pretrain
 --dge-enable --dge-budget --dge-lr-scale"""
+DEIT = """--bce-loss --unscale-lr --train-mode --no-train-mode --ThreeAugment --src --attn-only --cosub
+--eval-crop-ratio --distributed"""
+SUBMITIT = "--ngpus --nodes --timeout --job_dir --partition --use_volta32 --comment"
 
 # What DeiT's own defaults are, where our recipe is not DeiT's.
 LIKE_DEIT = {"DATA.BATCH_SIZE": 64}
@@ -33,11 +36,11 @@ def settings(words):
     return translate(words.split())[1]
 
 
-def test_every_flag_of_the_four_programs_is_in_the_table():
+def test_every_flag_of_the_five_programs_is_in_the_table():
     table = FLAGS | EVIT_FLAGS | DGE_FLAGS
     own = {"--model", *table, *WITHOUT}
     own |= {f"--no-{name[2:]}" for name, flag in table.items() if flag.opposite}
-    assert own == set(f"{COMMON} {EVIT} {VTPACK}".split())
+    assert own == set(f"{COMMON} {EVIT} {VTPACK} {DEIT} {SUBMITIT}".split())
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,30 @@ def test_every_flag_of_the_four_programs_is_in_the_table():
             "dhvt/dhvt_tiny_imagenet_patch16",
             {"DATA.DATASET": "lmdb"},
         ),
+        # DeiT III's published settings.
+        (
+            "--model deit_small_patch16_224 --batch-size 256 --lr 4e-3 --epochs 800 --weight-decay 0.05 "
+            "--sched cosine --input-size 224 --eval-crop-ratio 1.0 --reprob 0.0 --smoothing 0.0 "
+            "--warmup-epochs 5 --drop 0.0 --seed 0 --opt fusedlamb --warmup-lr 1e-6 --mixup .8 --cutmix 1.0 "
+            "--drop-path 0.05 --unscale-lr --repeated-aug --bce-loss --color-jitter 0.3 --ThreeAugment",
+            "deit/deit_small_patch16_224",
+            {
+                "DATA.BATCH_SIZE": 256, "TRAIN.BASE_LR": 4e-3, "TRAIN.EPOCHS": 800, "TEST.CROP_RATIO": 1.0,
+                "AUG.REPROB": 0.0, "MODEL.LABEL_SMOOTHING": 0.0, "TRAIN.OPTIMIZER.NAME": "fused_lamb",
+                "MODEL.DROP_PATH_RATE": 0.05, "TRAIN.LR_SCALING": "none", "TRAIN.LOSS": "bce",
+                "TRAIN.BCE_THRESHOLD": 0.0, "AUG.COLOR_JITTER": 0.3, "AUG.AUTO_AUGMENT": "3a",
+            },
+        ),
+        # Its augmentation erases nothing, whatever --reprob says, and has a jitter of its own.
+        (
+            "--model deit_tiny_patch16_224 --batch-size 128 --ThreeAugment --src --reprob 0.25",
+            "deit/deit_tiny_patch16_224",
+            {
+                "AUG.AUTO_AUGMENT": "3a", "AUG.CROP": "simple", "AUG.REPROB": 0.0, "AUG.COLOR_JITTER": 0.3,
+            },
+        ),
+        # Only that augmentation looks at --src.
+        ("--model deit_tiny_patch16_224 --src --batch-size 128", "deit/deit_tiny_patch16_224", {}),
     ],
 )  # fmt: skip
 def test_a_command_line_becomes_a_variant_and_what_differs_from_it(words, variant, expected):
@@ -131,6 +158,31 @@ def test_flags_without_counterpart_are_named_where_they_are_given():
         ["--model", "deit_tiny_patch16_224", "--cooldown-epochs", "5", "--dist-eval"]
     )
     assert [remark.split(":")[0] for remark in remarks] == ["--cooldown-epochs", "--dist-eval"]
+
+
+@pytest.mark.parametrize(
+    ("launch", "processes"),
+    [
+        ("python main.py", 1),
+        ("torchrun --nproc_per_node 4 main_dhvt.py", 4),
+        ("python -m torch.distributed.launch --nproc_per_node=8 --use_env seeds/dhvt/train.py", 8),
+    ],
+)
+def test_the_program_may_have_any_name(launch, processes):
+    words = f"{launch} --model deit_tiny_patch16_224 --batch-size 128".split()
+    _, differing, remarks, started = translate(words)
+    assert (differing, remarks, started) == ({}, [], processes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("", "--nodes 2 --gpus 8"), ("--ngpus 4", "--nodes 2 --gpus 4")]
+)
+def test_a_job_of_submitit_is_one_of_ours(flags, expected):
+    """Its machines and GPUs are defaults that nobody sees, and the learning rate depends on them."""
+    words = f"python run_with_submitit.py --model deit_tiny_patch16_224 {flags} --timeout 100"
+    remarks = translate(words.split())[2]
+    assert f"`python tools/submit.py {expected} --` in place of `python main.py`" in remarks[-1]
+    assert any(remark.startswith("--timeout: tools/submit.py --time") for remark in remarks)
 
 
 @pytest.mark.parametrize(

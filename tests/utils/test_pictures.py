@@ -28,8 +28,14 @@ def test_colours_are_far_apart_and_stay_when_classes_are_added():
     assert first.min() >= 40
     assert palette(20) == palette(150)[:20]
     assert palette(0) == ()
-    with pytest.raises(ValueError, match="not 513"):
-        palette(513)
+
+
+def test_colours_begin_again_after_512():
+    colours = palette(1203)  # LVIS has so many classes
+    assert len(set(colours[:512])) == 512
+    assert colours[512:1024] == colours[:512]
+    picture = draw_objects(GREY, torch.tensor([[20.0, 30.0, 50.0, 55.0]]), [1202])
+    assert colour_at(picture, 54, 35) == palette(179)[178]
 
 
 def test_an_outline_encloses_just_the_pixels_of_its_box():

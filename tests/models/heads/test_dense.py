@@ -73,6 +73,24 @@ def test_every_backbone_makes_a_segmenter(kind):
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", DENSE)
+def test_padding_does_not_rule_the_first_step_from_scratch(kind):
+    """Where nothing varies, a layer norm multiplies gradients by 1000, and clipping shrinks all others."""
+    norms = []
+    for padded in (False, True):
+        torch.manual_seed(0)
+        model = build(kind, "retinanet").train()
+        images, targets = batch("detection")
+        if padded:
+            images[..., 64:] = 0  # the right third
+            for target in targets:
+                target |= dict(size=(64, 64), boxes=target["boxes"].clamp(max=64))
+        sum(model(images, targets).values()).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(nn.utils.get_total_norm(grads).item())
+    assert norms[1] < 3 * norms[0]
+
+
 def test_a_model_that_drops_tokens_is_refused_with_the_reason():
     name, options = SMALL["evit"]
     with pytest.raises(ValueError, match=r"drops tokens, so no feature map.*keep rate of 1"):
@@ -160,6 +178,68 @@ def test_the_backbone_is_timed_beside_the_whole():
     with torch.no_grad():
         maps = part(torch.randn(1, 3, 64, 64))
     assert [m.shape[1] for m in maps] == [info["channels"] for info in model.feature_info]
+
+
+@pytest.mark.parametrize("kind", ["pvt", "deit"])
+def test_the_pyramid_matches_feature_info(kind):
+    model = build(kind).eval()
+    with torch.no_grad():
+        maps = model.forward_pyramid(torch.randn(1, 3, 64, 96))
+    found = [dict(channels=m.shape[1], stride=64 // m.shape[2]) for m in maps]
+    assert found == model.feature_info
+    assert [info["stride"] for info in model.feature_info] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("kind", ["pvt", "pvt_dge", "deit_dge"])
+def test_the_cost_depends_on_images_where_that_of_the_backbone_does(kind):
+    assert build(kind).cost_depends_on_images is ("dge" in kind)
+
+
+@pytest.mark.parametrize("kind", ["deit", "swin", "dfvt", "pvt_dge", "dfformer"])
+def test_token_maps_have_the_names_of_the_whole_model(kind):
+    model = build(kind).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 96))
+    maps, own = model.token_maps(), model.backbone.token_maps()
+    assert maps
+    assert [name.replace("backbone.", "") for name in maps] == list(own)
+    layers = {name for name, _ in model.named_modules()}
+    assert all(name.split("::")[1] in layers for name in maps if "::" in name)
+    assert all("backbone." in name for name in maps)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_inputs_of_the_last_forward_do_not_outlive_the_next_one(alone, monkeypatch):
+    """Both at once would raise the peak of memory."""
+    model = build("pvt").eval()
+    (backbone,) = model.timed_parts().values()
+    run = backbone if alone else model
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        run(images)
+        kept = []
+        inner = model.backbone.forward_pyramid
+        monkeypatch.setattr(
+            model.backbone,
+            "forward_pyramid",
+            lambda x: (kept.append(dict(model.backbone.token_maps())), inner(x))[1],
+        )
+        run(images)
+    assert kept == [{}]
+    assert model.token_maps()
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [
+        ("forward_features", torch.zeros(1, 3, 64, 64)),
+        ("forward_head", torch.zeros(1, 32, 2, 2)),
+        ("reset_classifier", 5),
+    ],
+)
+def test_what_only_a_classifier_has_is_refused_by_name(method, argument):
+    with pytest.raises(NotImplementedError, match=rf"^{method}: a model for segm.*num_classes="):
+        getattr(build("pvt"), method)(argument)
 
 
 def test_no_head_is_no_head_of_another_task():

@@ -248,6 +248,17 @@ def test_channels_last_changes_nothing(name):
         torch.testing.assert_close(found_again[0][key], found[0][key], rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("retinanet", ""), ("faster_rcnn", "rpn_"), ("cascade_mask_rcnn", "rpn_")]
+)
+def test_background_that_overlaps_more_than_objects_is_refused(name, prefix):
+    bounds = {f"{prefix}negative_iou": 0.6, f"{prefix}positive_iou": 0.5}
+    upper = prefix.upper()
+    with pytest.raises(ValueError, match=rf"{upper}NEGATIVE_IOU=0.6 .* {upper}POSITIVE_IOU=0.5"):
+        Detector(name, **bounds)
+    Detector(name, **dict.fromkeys(bounds, 0.5))
+
+
 # After a graph break, the compiler itself looks at gradients of what is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("name", ["retinanet", "cascade_mask_rcnn"])

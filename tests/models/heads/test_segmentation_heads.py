@@ -177,6 +177,11 @@ def test_upernet_needs_two_images_or_norms_at_rest():
     assert head(some_maps((64, 64), 1), None, some_targets((64, 64), 1))["seg"].isfinite()
 
 
+def test_upernet_says_how_many_images_it_needs():
+    assert build("upernet").min_batch == 2
+    assert build("upernet", pool_scales=[2, 3]).min_batch == 1
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
