@@ -11,7 +11,7 @@ from models import create_model as _create_model
 from models import list_models as _list_models
 from models.pretrained import load_pretrained as _load_pretrained
 
-dependencies = ["numpy", "safetensors", "timm", "torch", "yacs", "yaml"]
+dependencies = ["numpy", "safetensors", "timm", "torch", "torchvision", "yacs", "yaml"]
 
 
 def _entry_point(name: str) -> _Callable[..., _Backbone]:

@@ -229,10 +229,17 @@ def test_a_yaml_file_and_a_model_of_timm_are_teachers(tmp_path):
         torch.testing.assert_close(teacher.logits(images), network.eval()(images))
 
 
-def test_without_a_device_nothing_is_read_and_nothing_is_held(tmp_path):
-    file = tmp_path / "empty.pth"
-    file.touch()
-    teacher = load("deit_base_patch16_224", str(file), device=None)
+def test_without_a_device_a_teacher_is_looked_at_only(tmp_path):
+    _, file = saved(tmp_path, num_classes=10)
+    load("deit_tiny_patch16_224", file, device=None)
+    with pytest.raises(ValueError, match=r"be what TEACHER_WEIGHTS is of: .*other shapes"):
+        load("deit_small_patch16_224", file, device=None)
+    empty = tmp_path / "empty.pth"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"empty\.pth is empty"):
+        load("deit_tiny_patch16_224", str(empty), device=None)
+    # What only the run can fetch is left to it.
+    teacher = load("deit_tiny_patch16_224", "https://example.org/teacher.pth", device=None)
     assert {p.device.type for p in teacher.parameters()} == {"meta"}
 
 
@@ -321,7 +328,12 @@ def test_a_run_with_a_teacher_trains_resumes_and_forgets_it(tmp_path, monkeypatc
     [
         (["TRAIN.DISTILLATION.TEACHER", "deit_tiny_patch16_224"], "TEACHER_WEIGHTS is empty"),
         (
-            ["TRAIN.DISTILLATION.TEACHER_WEIGHTS", SMOKE, "TRAIN.DISTILLATION.TEACHER", SMOKE],
+            [
+                "TRAIN.DISTILLATION.TEACHER",
+                SMOKE,
+                "TRAIN.DISTILLATION.TEACHER_WEIGHTS",
+                "smoke.pth",
+            ],
             "no distillation head",
         ),
         (["TRAIN.DISTILLATION.ALPHA", 1.5], "ALPHA=1.5 must be within"),
@@ -335,6 +347,7 @@ def test_a_run_with_a_teacher_trains_resumes_and_forgets_it(tmp_path, monkeypatc
 )
 def test_bad_keys_stop_before_anything_is_written(tmp_path, monkeypatch, capsys, opts, message):
     monkeypatch.chdir(tmp_path)
+    torch.save(create_model(SMOKE, num_classes=10).state_dict(), "smoke.pth")
     with pytest.raises(SystemExit):
         run("student", "TRAIN.DISTILLATION.TYPE", "soft", *opts)
     assert message in capsys.readouterr().err
