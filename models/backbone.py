@@ -46,6 +46,7 @@ class Backbone(nn.Module):
     # ("distilled"), or with those of each position of the last map ("tokens", (B, h * w, num_classes)).
     training_outputs: tuple[str, ...] = ("logits",)
     task: str = "classification"  # what `forward` is for, as TASK names it
+    min_batch: int = 1  # images that batch norms must see in training, so that they have a variance
 
     def __init__(self) -> None:
         super().__init__()

@@ -64,9 +64,9 @@ def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -
     return model
 
 
-def check_batch_norm(config: CfgNode, model: nn.Module, runtime: Runtime) -> None:
-    """ValueError if the head's batch norms would see fewer images than its `min_batch`."""
-    needed = getattr(model.head, "min_batch", 1)
+def check_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> None:
+    """ValueError if the model's batch norms would see fewer images than its `min_batch`."""
+    needed = model.min_batch
     seen = config.DATA.BATCH_SIZE * (runtime.world_size if _synchronises(config, runtime) else 1)
     if seen < needed:
         raise ValueError(

@@ -39,11 +39,8 @@ def check(config: CfgNode, runtime: Runtime) -> None:
     found = None
     try:
         _check(config, runtime)
-    except (
-        ValueError,
-        FileNotFoundError,
-    ) as error:  # the other processes wait: they must hear of it
-        found = error
+    except (ValueError, FileNotFoundError) as error:
+        found = error  # the other processes wait: they must hear of it
     for error in all_gather_object(found):
         if error is not None:
             raise error

@@ -9,12 +9,14 @@ from torch import nn
 
 import main as program
 from config import load_config
-from models import CONFIG_DIR, build_model
+from models import CONFIG_DIR, Backbone, build_model
 from modes import dense_evaluation
+from modes.build import check_batch_norm
 from modes.dense_evaluation import Drawing
 from tests.data.coco_files import rewrite, write_coco
 from tests.processes import interrupted_after_saving, run_on_two_processes
 from utils.amp import Amp
+from utils.distributed import Runtime
 
 RUN = "import sys, main; main.main(sys.argv[1:])"
 REFUSED = """
@@ -161,3 +163,9 @@ def test_info_of_a_routed_detector_is_the_mean_over_images_of_the_size_that_is_c
     assert "mean over 2 validation images" in log.read_text()
     (file,) = tmp_path.rglob("info.json")
     assert json.loads(file.read_text())["input_shape"] == [1, 3, 128, 96]
+
+
+def test_no_batch_is_too_small_for_a_classifier_whatever_its_parts_are_called():
+    config = load_config(CONFIG_DIR / "_base_" / "smoke_cls.yaml", ["DATA.BATCH_SIZE", "1"])
+    model = Backbone()  # the contract asks for get_classifier(), not for a part called `head`
+    check_batch_norm(config, model, Runtime(0, 1, 0, torch.device("cpu")))

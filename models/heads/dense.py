@@ -39,6 +39,7 @@ class DenseModel(Backbone):
         self.num_features = backbone.num_features
         self.feature_info = backbone.feature_info if pyramid is None else pyramid.features
         self.num_classes = head.num_classes
+        self.min_batch = getattr(head, "min_batch", 1)
         # Trained, they would get no gradient, which DDP refuses.
         for index in getattr(head, "unused_maps", ()):
             resting = [backbone.get_submodule(layer) for layer in backbone.map_layers(index)]
