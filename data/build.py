@@ -298,16 +298,11 @@ def check_evaluation(config: Any, *, rank: int = 0, world_size: int = 1) -> list
     return classes
 
 
-def dataset_classes(config: Any) -> list[str]:
-    """Class names of the validation split, checked against MODEL.NUM_CLASSES; reads no image."""
-    classes = build_dataset(config, "val").classes
-    check_num_classes(config.MODEL.NUM_CLASSES, len(classes), _source(config))
-    return classes
-
-
 def dataset_num_classes(config: Any) -> int:
-    """Number of classes of the validation split, checked against MODEL.NUM_CLASSES."""
-    return len(dataset_classes(config))
+    """Classes of the validation split, checked against MODEL.NUM_CLASSES; reads no image."""
+    found = len(build_dataset(config, "val").classes)
+    check_num_classes(config.MODEL.NUM_CLASSES, found, _source(config))
+    return found
 
 
 def train_size(config: Any) -> tuple[int, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from data.dense.sizes import scaled_size
 from models.heads.pixels import IGNORED, resized
 from models.layers.tokens import Size, pad_to_multiple
 
@@ -157,11 +158,10 @@ def _normaliser(view: View, size: Size, chunks: Sequence[slice]) -> Tensor:
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
-    """(C, h, w) at another size: bilinear without antialiasing, sides rounded with halves up, as the
-    transforms of `data/dense/segmentation.py` resize. Papers' code starts from the stored image each time.
+    """(C, h, w) at another size: bilinear without antialiasing, as the transforms of
+    `data/dense/segmentation.py` resize. Papers' code starts from the stored image each time.
     """
-    height, width = (max(1, int(side * scale + 0.5)) for side in image.shape[-2:])
-    return resized(image[None], (height, width))[0]
+    return resized(image[None], scaled_size(image.shape[-2:], scale))[0]
 
 
 def _windows(length: int, crop: int, stride: int) -> list[slice]:

@@ -16,6 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from .sizes import scaled_size
+
 # Less of an object than a pixel is nothing to learn from, and its width is the denominator of a target.
 MIN_SIDE = 1.0
 
@@ -42,7 +44,7 @@ class ResizeShortest(v2.Transform):
         sides = F.get_size(flat_inputs[0])
         short_side = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
         scale = min(short_side / min(sides), self.long_side / max(sides))
-        return dict(size=[max(1, int(side * scale + 0.5)) for side in sides])
+        return dict(size=list(scaled_size(sides, scale)))
 
     def transform(self, part: Any, params: dict[str, Any]) -> Any:
         """Images antialiased; of masks the pixel under each centre, so that they stay in their boxes."""

@@ -87,10 +87,7 @@ class DenseLoader(Loader):
 
     def finished(self, batch: RawDenseBatch) -> tuple[Tensor, list[Target]]:
         """Normalised floats, zero in the padding."""
-        images = batch.images
-        if self.device is not None:
-            images = images.to(self.device, non_blocking=True)
-        finished = self.finish(images, None)
+        finished = self.finish(self._moved(batch.images), None)
         for image, target in zip(finished, batch.targets, strict=True):
             height, width = target["size"]
             image[:, height:] = 0

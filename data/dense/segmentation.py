@@ -19,6 +19,8 @@ from torchvision.transforms.v2 import functional as F
 
 from data.masks import IGNORED, check_size
 
+from .sizes import scaled_size
+
 CROP_TRIES = 10
 
 Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[tv_tensors.Image, dict[str, Any]]]
@@ -27,15 +29,12 @@ Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[tv_tensors.Image,
 def rescaled_size(size: Sequence[int], within: Sequence[int]) -> tuple[int, int]:
     """Height and width of an image that is rescaled to fit into (long, short), proportions kept.
 
-    The factor is the largest with which the long side is at most `long` and the short side at most `short`;
-    sides are rounded to the nearest pixel, halves up, as in mmcv.
+    The factor is the largest with which the long side is at most `long` and the short side at most `short`.
 
     Args:
         within: the long and the short side, in either order.
     """
-    factor = min(max(within) / max(size), min(within) / min(size))
-    height, width = (max(1, int(side * factor + 0.5)) for side in size)
-    return height, width
+    return scaled_size(size, min(max(within) / max(size), min(within) / min(size)))
 
 
 class RandomRescale(v2.Transform):
