@@ -1,12 +1,13 @@
 """Samples and batches: the same ones for any number of workers and any start within an epoch."""
 
+import hashlib
 import logging
 import os
 import random
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, multiprocessing
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .batch_memory import BatchMemory, Slot
 from .finish import Erasure, Finish, RandomErasing
 from .label_maps import LabelMaps, MapLabel, MappedLabels
 from .registry import ImageDataset
@@ -38,6 +40,8 @@ _READ_ERRORS = (
 )
 # Unreadable images in a row after which skipping gives up: the disk is gone, not an image.
 _MAX_SKIPS = 100
+# Batches that a worker has on the way at a time.
+_PREFETCH = 2
 
 
 class UnreadableImageError(OSError):
@@ -56,12 +60,12 @@ class RawBatch(NamedTuple):
     """What a worker delivers.
 
     Attributes:
-        images: (B, C, H, W) uint8.
+        images: (B, C, H, W) uint8; in a worker with `BatchMemory` a slot, which arrives as a tensor.
         labels: (B,) int64, with maps if the samples have some.
         erasures: (K, 6) int64, rows of an `Erasure` behind the number of its image.
     """
 
-    images: Tensor
+    images: Tensor | Slot
     labels: Tensor | MappedLabels
     erasures: Tensor
 
@@ -82,6 +86,7 @@ class Samples(Dataset):
     """
 
     advice = "replace the file, or set DATA.ON_ERROR skip"  # where an image is unreadable
+    memory: BatchMemory | None = None  # where workers write their batches
 
     def __init__(
         self,
@@ -122,7 +127,13 @@ class Samples(Dataset):
     def __getitems__(self, keys: list[Key]) -> RawBatch | None:
         """A batch; DataLoader calls it, so that generators are put back once."""
         with preserved_rng():
-            return collate(map(self._sample, keys), len(keys))
+            return collate(map(self._sample, keys), len(keys), self._new_batch)
+
+    def _new_batch(self, shape: tuple[int, ...]) -> Tensor | Slot:
+        worker = get_worker_info()
+        if worker is None or self.memory is None:
+            return _bytes(shape)
+        return self.memory.take(worker.id, shape)
 
     def _sample(self, key: Key) -> Sample | None:
         found = self._find(key.index)
@@ -178,11 +189,13 @@ def seeded(*key: int) -> random.Random:
 
 def seed_rng(*key: int) -> None:
     """Seed Python's generator as `seeded` does, and with it NumPy's and PyTorch's CPU generator."""
-    random.seed(_text(key))
-    further = random.Random(f"further {_text(key)}")
-    np.random.seed(further.getrandbits(32))
+    text = _text(key)
+    random.seed(text)
+    # One hash: another generator of Python's would take as long to seed as all three of these.
+    further = hashlib.blake2b(text.encode(), digest_size=12).digest()
+    np.random.seed(int.from_bytes(further[:4], "big"))
     # Not torch.manual_seed: it leaves a note for CUDA each time, and in a worker they pile up.
-    torch.default_generator.manual_seed(further.getrandbits(63))
+    torch.default_generator.manual_seed(int.from_bytes(further[4:], "big"))
 
 
 def _text(key: tuple[int, ...]) -> str:
@@ -201,25 +214,37 @@ def preserved_rng() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def collate(samples: Iterable[Sample | None], size: int) -> RawBatch | None:
+def _bytes(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def collate(
+    samples: Iterable[Sample | None],
+    size: int,
+    new_batch: Callable[[tuple[int, ...]], Tensor | Slot] = _bytes,
+) -> RawBatch | None:
     """At most `size` samples -> a batch of those that were not left out (None), or None.
 
     Each sample is written into the batch before the next one is made, so that its memory is used again.
+
+    Args:
+        new_batch: memory for images of a shape.
     """
-    images, labels, erasures = None, [], []
+    images, planes, labels, erasures = None, None, [], []
     for pixels, label, erased in filter(None, samples):
         height, width, channels = pixels.shape
         if images is None:
-            images = np.empty((size, channels, height, width), np.uint8)
+            images = new_batch((size, channels, height, width))
+            planes = (images.images if isinstance(images, Slot) else images).numpy()
         # OpenCV writes into planes that fit, and would silently make others.
-        assert images.shape[1:] == (channels, height, width), (images.shape, pixels.shape)
-        cv2.split(pixels, list(images[len(labels)]))  # several times as fast as a transposed copy
+        assert planes.shape[1:] == (channels, height, width), (planes.shape, pixels.shape)
+        cv2.split(pixels, list(planes[len(labels)]))  # several times as fast as a transposed copy
         erasures += [(len(labels), *erasure) for erasure in erased]
         labels.append(label)
     if images is None:
         return None
     return RawBatch(
-        torch.from_numpy(images[: len(labels)]),
+        images[: len(labels)],
         _as_tensors(labels),
         torch.tensor(erasures, dtype=torch.int64).reshape(-1, 1 + len(Erasure._fields)),
     )
@@ -293,12 +318,15 @@ class Loader(Split, DataLoader):
         pin_memory: bool = False,
     ) -> None:
         _single_threaded()
+        if num_workers:
+            samples.memory = BatchMemory(slots=_PREFETCH + 1)
         super().__init__(
             samples,
             batch_sampler=sampler,
             num_workers=num_workers,
             pin_memory=pin_memory and torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
+            prefetch_factor=_PREFETCH if num_workers else None,
             collate_fn=_as_it_is,
             worker_init_fn=_single_threaded,
             # Its own generator: starting an epoch must not draw from the model's.
@@ -307,7 +335,7 @@ class Loader(Split, DataLoader):
         self.finish, self.device = finish, device
 
     def raw_batches(self) -> Iterator[RawBatch]:
-        """Batches as the workers make them."""
+        """Batches as the workers make them, each valid until the next one is asked for."""
         return (batch for batch in super().__iter__() if batch is not None)
 
     def finished(self, batch: RawBatch) -> tuple[Tensor, Tensor | MappedLabels]:

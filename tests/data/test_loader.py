@@ -1,8 +1,11 @@
 """Batches: the same for any number of workers, and honest about unreadable images."""
 
 import logging
+import pickle
 import random
+import time
 from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from PIL import Image, ImageFile
 
 from data import build_dataset  # noqa: F401  registers the formats
+from data.batch_memory import BatchMemory
 from data.decoders import DECODERS, make_decoder
 from data.finish import Finish, RandomErasing
 from data.loader import (
@@ -110,6 +114,32 @@ def test_workers_deliver_bytes():
     assert images.dtype == torch.float32
     assert images.equal(FINISH(raw.images, raw.erasures))
     assert labels.equal(raw.labels)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_write_into_a_few_slots_and_never_over_a_batch_in_use(num_workers):
+    """Each batch is looked at only after the workers had time for all that they may do ahead."""
+    own, theirs = train_loader(noise()), train_loader(noise(), num_workers=num_workers)
+    places = set()
+    for epoch in range(3):
+        own.set_position(epoch), theirs.set_position(epoch)
+        expected = list(own.raw_batches())
+        for batch, received in zip(expected, theirs.raw_batches(), strict=True):
+            time.sleep(0.05)
+            assert received.images.equal(batch.images)
+            places.add(received.images.data_ptr())
+    assert len(expected) * 3 > 3 * num_workers >= len(places)
+
+
+def test_slots_grow_with_their_batches():
+    """Evaluation ends with a smaller batch; nothing says that one is not followed by a larger one."""
+    memory = BatchMemory(slots=2)
+    for size in (2, 1, 3, 3, 1, 2):
+        slot = memory.take(worker=0, shape=(size, 4))
+        slot.images.fill_(size)
+        arrived = pickle.loads(ForkingPickler.dumps(slot))
+        assert arrived.shape == (size, 4)
+        assert arrived.eq(size).all()
 
 
 @pytest.mark.parametrize("key", [(3, 0, 5, 1), (0,)])
