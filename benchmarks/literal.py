@@ -3,8 +3,10 @@
 `literal(model)` copies a model and replaces what MixLab computes in another way than its paper states it:
 softmax attention with the whole matrix of logits, windows with a bias looked up and a mask added at each
 call, dilated windows by unfolding keys and values, a complex filter for every image, position and channel,
-convolutions in the default layout with batch norms of their own. Everything else (layout between
-blocks) stays as it is, so that a ratio is the gain of the fast paths alone.
+convolutions in the default layout with batch norms of their own. DHVT and DFvT are written out as a whole:
+the one is a sequence with a class token, cut apart and joined in every block, the other goes back and forth
+between sequences and maps. In the others everything else (layout between blocks) stays as it is, so that a
+ratio is the gain of the fast paths alone.
 
 The loops over pixels in tests/reference say the same in the slowest way; they are for proofs, not for clocks.
 
@@ -114,26 +116,22 @@ def reduced_attention_on_map(attn: attentions.ReducedAttention, x: Tensor) -> Te
     return reduced_attention(attn, x.flatten(1, 2), size).unflatten(1, size)
 
 
-def head_interaction(
-    attn: HIAttention, x: Tensor, cls: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def head_interaction(attn: HIAttention, x: Tensor, class_token: bool = True) -> Tensor:
     """DHVT: class token, patches and head tokens in one sequence, all of them queries."""
-    tokens = x if cls is None else torch.cat([cls, x], dim=1)
-    length, heads = tokens.shape[1], attn.num_heads
-    pooled = attn.ht_proj(tokens.mean(1).unflatten(1, (heads, -1)))  # B h C
+    length, heads = x.shape[1], attn.num_heads
+    pooled = attn.ht_proj(x.mean(1).unflatten(1, (heads, -1)))  # B h C
     pooled = F.gelu(attn.ht_norm(pooled.unflatten(2, (heads, -1)))).flatten(2) + attn.pos_embed
-    q, k, v = split_heads(attn.qkv(torch.cat([tokens, pooled], dim=1)), heads, 3)
+    q, k, v = split_heads(attn.qkv(torch.cat([x, pooled], dim=1)), heads, 3)
     dropout = attn.attn_drop if attn.training else 0.0
     y = attn.proj(softmax_attention(q, k, v, attn.scale, dropout))
-    if cls is None:
-        return attn.proj_drop(y[:, :length]), None
-    first = y[:, :1] + y[:, length:].mean(dim=1, keepdim=True)
-    y = attn.proj_drop(torch.cat([first, y[:, 1:length]], dim=1))
-    return y[:, 1:], y[:, :1]
+    if class_token:
+        first = y[:, :1] + y[:, length:].mean(dim=1, keepdim=True)
+        y = torch.cat([first, y[:, 1:length]], dim=1)
+    return attn.proj_drop(y[:, :length])
 
 
 def head_interaction_on_map(attn: HIAttention, x: Tensor) -> Tensor:
-    return head_interaction(attn, x.flatten(1, 2))[0].unflatten(1, x.shape[1:3])
+    return head_interaction(attn, x.flatten(1, 2), class_token=False).unflatten(1, x.shape[1:3])
 
 
 def reorganising_block(
@@ -180,18 +178,8 @@ def window_attention(attn: windows.Windowed, x: Tensor, shift_mask: Tensor | Non
         if mask is None:
             mask = windows.window_mask(grid, window, shift, not attn.fixed_windows, x.device)
         logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
-    x = logits.softmax(-1).to(v.dtype) @ v
-    x = windows.join_windows(x, grid, window, shift, attn.num_heads)
-    return attn.proj_drop(attn.proj(x))
-
-
-def gate(dane: dfvt.Dane, x: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
-    """DFvT's gate: norm, score, channel branch and the two products."""
-    norm, score = dane.fc_spatial
-    spatial = score(y_hat * norm.weight + norm.bias)  # B H W 1
-    channel = dane.fc_channel(x.mean((1, 2)))[:, None, None]
-    weight = (spatial + channel).sigmoid().to(x.dtype)
-    return x * (1 - weight) + y * weight
+    y = attn.proj_drop(attn.proj(merge_heads(logits.softmax(-1).to(v.dtype) @ v)))  # B*n N C
+    return windows.join_windows(y[:, None], grid, window, shift, heads=1)
 
 
 def dilated_attention(attn: DilatedAttention, x: Tensor) -> Tensor:
@@ -220,6 +208,56 @@ def dilated_attention(attn: DilatedAttention, x: Tensor) -> Tensor:
 
 def dropped_dilated_attention(attn: attentions.MultiScaleDilatedAttention, x: Tensor) -> Tensor:
     return attn.proj_drop(dilated_attention(attn, x))
+
+
+# -- whole models whose papers keep tokens and maps in other shapes than ours ---------------------
+
+
+def dhvt_model(model: dhvt.DHVT, x: Tensor) -> Tensor:
+    """DHVT, Sec. 3: class token and patches are one sequence, of which DAFF makes a map and back."""
+    x = model.patch_embed(x)
+    size = (x.shape[2], x.shape[3])
+    x = torch.cat([model.cls_token.expand(len(x), -1, -1), to_tokens(x)], dim=1)
+    for block in model.blocks:
+        x = x + block.drop_path(head_interaction(block.attn, block.norm1(x)))
+        y = block.norm2(x)
+        cls, y = y[:, :1], to_map(y[:, 1:], size)
+        y = _daff(block.mlp, y)
+        cls = block.mlp.reweight(cls, y.permute(0, 2, 3, 1))
+        x = x + block.drop_path(torch.cat([cls, to_tokens(y)], dim=1))
+    return model.head(model.norm(x)[:, 0])
+
+
+def dfvt_model(model: dfvt.DFvT, x: Tensor) -> Tensor:
+    """DFvT, Sec. 3: attention sees sequences, convolutions maps in PyTorch's default layout."""
+    x = model._stem(x)
+    for i, level in enumerate(model.layers):
+        convs = model.convlayers[i]
+        detail = convs.conv1x1_1(x.contiguous())
+        context = convs.conv1x1_2(convs.conv1(detail))
+        y = x
+        if i < len(model.multiresolution_conv):
+            x = F.max_pool2d(x, 3, 2, 1)
+            parts = pad_to_multiple(detail, 2)
+            parts = [parts[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+            y = model.multiresolution_conv[i](torch.cat(parts, dim=1))
+        size = (x.shape[2], x.shape[3])
+        x, y = to_tokens(x) + to_tokens(context), to_tokens(y)
+        for block in level.blocks:
+            u = block.norm1(x).unflatten(1, size)
+            x = x + block.drop_path(block.attn(u, block.attn_mask).flatten(1, 2))
+            x = gate(block.select, x, y)
+            x = x + block.drop_path(block.mlp(block.norm2(x)))
+        x = to_map(level.downsample(x), size)
+    return model.head(model.norm(to_tokens(x)).mean(1))
+
+
+def gate(dane: dfvt.Dane, x: Tensor, y: Tensor) -> Tensor:
+    """DFvT's gate (DANE) of sequences (B, N, C)."""
+    spatial = dane.fc_spatial(y)  # B N 1
+    channel = dane.fc_channel(x.mean(1, keepdim=True))  # B 1 C
+    weight = (spatial + channel).sigmoid().to(x.dtype)
+    return y * weight + x * (1 - weight)
 
 
 # -- Fourier domain ------------------------------------------------------------------------------
@@ -291,11 +329,14 @@ def mlp(module: Mlp, x: Tensor) -> Tensor:
 
 
 def daff(module: DAFF, x: Tensor) -> Tensor:
-    """DHVT's feed-forward network: three convolutions, each with a batch norm of its own."""
-    x = x.permute(0, 3, 1, 2)
+    return _daff(module, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _daff(module: DAFF, x: Tensor) -> Tensor:
+    """DHVT's feed-forward network on (B, C, H, W): three convolutions, each with a batch norm of its own."""
     x = module.act(module.bn1(module.conv1(x)))
     x = x + module.act(module.bn2(module.conv2(x)))
-    return module.bn3(module.conv3(x)).permute(0, 2, 3, 1)
+    return module.bn3(module.conv3(x))
 
 
 def conv_stem(stem: dilateformer.ConvStem, x: Tensor) -> Tensor:
@@ -319,12 +360,6 @@ def dfvt_stem(stem: dfvt.ConvStem, x: Tensor) -> Tensor:
     return F.silu(stem.norm(stem.proj2(x)))
 
 
-def conv_block(block: dfvt.ConvBlock, x: Tensor) -> tuple[Tensor, Tensor]:
-    """In PyTorch's default layout, between attentions that need the other one."""
-    x = block.conv1x1_1(x.contiguous())
-    return x, block.conv1x1_2(block.conv1(x))
-
-
 def dropped_daff(module: metaformer.MapDAFF, x: Tensor) -> Tensor:
     return module.drop(daff(module, x))
 
@@ -344,14 +379,12 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     MapAttention: attention_on_map,
     SpatialReductionAttention: reduced_attention,
     attentions.ReducedAttention: reduced_attention_on_map,
-    HIAttention: head_interaction,
     attentions.HeadTokenAttention: head_interaction_on_map,
     evit.ReorganisingBlock: reorganising_block,
     windows.WindowAttention: window_attention,
     windows.CosineWindowAttention: window_attention,
     attentions.LocalWindowAttention: window_attention,
     attentions.ShiftedWindowAttention: window_attention,
-    dfvt.Dane: gate,
     DilatedAttention: dilated_attention,
     attentions.MultiScaleDilatedAttention: dropped_dilated_attention,
     filters.DynamicFilter: dynamic_filter,
@@ -366,9 +399,10 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     metaformer.MapDAFF: dropped_daff,
     dilateformer.ConvStem: conv_stem,
     conv_stem_of_dhvt.ConvStem: dhvt_stem,
+    dhvt.DHVT: dhvt_model,
     convolution.SepConv: separable_convolution,
     dfvt.ConvStem: dfvt_stem,
-    dfvt.ConvBlock: conv_block,
+    dfvt.DFvT: dfvt_model,
 }
 
 # Mixers that MixLab computes as their papers state them.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .eager import eager_on_cpu
+from .eager import eager_on_cpu, may_overwrite
 
 # Consecutive values that stay in the caches from one pass to the next, 1 MiB of float32.
 _PIECE = 2**18
@@ -85,18 +85,14 @@ class SiLU(nn.SiLU):
     """`made_inplace(nn.SiLU())`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=_may_overwrite(x))
+        return F.silu(x, inplace=may_overwrite(x))
 
 
 class GELU(nn.GELU):
     """`made_inplace(nn.GELU())`, the exact form."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_(x) if _may_overwrite(x) else F.gelu(x)
-
-
-def _may_overwrite(x: Tensor) -> bool:
-    return eager_on_cpu(x) and not torch.is_grad_enabled()
+        return torch.ops.aten.gelu_(x) if may_overwrite(x) else F.gelu(x)
 
 
 class SquaredReLU(nn.Module):

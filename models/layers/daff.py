@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .activations import made_inplace
 from .checks import hidden_width
-from .eager import in_pieces_if_idle
+from .eager import add_owned, in_pieces_if_idle
 from .linear import linear
 
 
@@ -54,7 +54,7 @@ class DAFF(nn.Module):
 
     def _layers(self, x: Tensor) -> Tensor:
         x = self.act(_conv_norm(x, self.conv1, self.bn1))  # B H W 4C
-        x = x + self.act(_conv_norm(x, self.conv2, self.bn2))
+        x = add_owned(self.act(_conv_norm(x, self.conv2, self.bn2)), x)
         return _conv_norm(x, self.conv3, self.bn3)  # B H W C
 
     def reweight(self, cls: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,19 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_eager(x)
 
 
+def may_overwrite(x: Tensor) -> bool:
+    """Whether the only reader of `x` may write over it: eager on a CPU, without gradients.
+
+    Fresh memory for a wide map comes from the system page by page, which may take longer than the arithmetic.
+    """
+    return eager_on_cpu(x) and not torch.is_grad_enabled()
+
+
+def add_owned(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the memory of `x` if that `may_overwrite`."""
+    return x.add_(y) if may_overwrite(x) else x + y
+
+
 def in_pieces_if_idle(
     module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, values: int
 ) -> Tensor:
