@@ -3,10 +3,10 @@
 `literal(model)` copies a model and replaces what MixLab computes in another way than its paper states it:
 softmax attention with the whole matrix of logits, windows with a bias looked up and a mask added at each
 call, dilated windows by unfolding keys and values, a complex filter for every image, position and channel,
-convolutions in the default layout with batch norms of their own. DHVT and DFvT are written out as a whole:
-the one is a sequence with a class token, cut apart and joined in every block, the other goes back and forth
-between sequences and maps. In the others everything else (layout between blocks) stays as it is, so that a
-ratio is the gain of the fast paths alone.
+convolutions in the default layout with batch norms of their own. Three models are written out as a whole:
+DHVT is a sequence with a class token, cut apart and joined in every block, DFvT goes back and forth between
+sequences and maps, and DilateFormer's blocks hand on maps of planes. In the others everything else (layout
+between blocks) stays as it is, so that a ratio is the gain of the fast paths alone.
 
 The loops over pixels in tests/reference say the same in the slowest way; they are for proofs, not for clocks.
 
@@ -228,6 +228,24 @@ def dhvt_model(model: dhvt.DHVT, x: Tensor) -> Tensor:
     return model.head(model.norm(x)[:, 0])
 
 
+def dilateformer_block(block: dilateformer.Block, x: Tensor) -> Tensor:
+    """Between blocks a map is (B, C, H, W), as its convolutions want it."""
+    x = (x + block.pos_embed(x)).permute(0, 2, 3, 1)
+    x = x + block.drop_path(block.attn(block.norm1(x)))
+    x = x + block.drop_path(block.mlp(block.norm2(x)))
+    return x.permute(0, 3, 1, 2)
+
+
+def dilateformer_model(model: dilateformer.DilateFormer, x: Tensor) -> Tensor:
+    """DilateFormer, Sec. 3.3."""
+    x = model.patch_embed(x)
+    for stage in model.stages:
+        for block in stage.blocks:
+            x = block(x)
+        x = stage.downsample(x)
+    return model.forward_head(model.norm(to_tokens(x)))
+
+
 def dfvt_model(model: dfvt.DFvT, x: Tensor) -> Tensor:
     """DFvT, Sec. 3: attention sees sequences, convolutions maps in PyTorch's default layout."""
     x = model._stem(x)
@@ -398,6 +416,8 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     DAFF: daff,
     metaformer.MapDAFF: dropped_daff,
     dilateformer.ConvStem: conv_stem,
+    dilateformer.Block: dilateformer_block,
+    dilateformer.DilateFormer: dilateformer_model,
     conv_stem_of_dhvt.ConvStem: dhvt_stem,
     dhvt.DHVT: dhvt_model,
     convolution.SepConv: separable_convolution,

@@ -108,7 +108,8 @@ def raced(first, second, monkeypatch):
 
 
 def test_a_model_against_itself_is_as_fast_as_itself(monkeypatch):
-    for row in raced(Work(4), Work(4), monkeypatch):
+    work = Work(4)  # the same one on both sides: where weights lie in memory makes a difference
+    for row in raced(work, work, monkeypatch):
         low, high = row["ratio_range"]
         assert low <= 1.0 <= high
         assert 0.5 < row["ratio"] < 2.0, row["mode"]  # wide: a test machine is busy
