@@ -22,10 +22,8 @@ def quantile(values: Sequence[float], share: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
-def figures(
-    contestant: Contestant, mode: str, batch_size: int, bound: dict[str, float] | None = None
-) -> dict[str, Any]:
-    """One row of the result: speed, memory, the ratio to the baseline with its spread, and the `bounds`."""
+def figures(contestant: Contestant, mode: str, batch_size: int) -> dict[str, Any]:
+    """One row of the result: speed, memory, the ratio to the baseline with its spread."""
     seconds = contestant.seconds[mode]
     row: dict[str, Any] = dict(
         model=contestant.name,
@@ -37,7 +35,6 @@ def figures(
         passes_per_turn=contestant.passes[mode],
         peak_memory_mib=contestant.memory_mib[mode],
         seconds_per_pass=seconds,
-        **(bound or {}),
     )
     rival = contestant.baseline
     if rival is not None:
@@ -126,7 +123,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads; "
         f"torch {machine['torch']}; {run['dtype']}, batch {run['batch_size']}, "
-        f"{'channels last' if run['channels_last'] else 'default layout'}; {run['rounds']} rounds; "
+        f"{'channels last' if run['channels_last'] else 'default layout'}; {run['rounds']} rounds"
+        f"{', a process per model and its baseline' if run['apart'] else ''}; "
         f"commit {(machine['commit'] or 'unknown')[:12]}",
         "",
         f"Peaks of this machine: {machine['tflop_per_s']:.3g} TFLOP/s in a product, "

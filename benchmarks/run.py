@@ -4,16 +4,20 @@
     python benchmarks/run.py --models dfvt_small dhvt_tiny_imagenet_patch16 --mode train
     python benchmarks/run.py --models dfvt_small swin_tiny_patch4_window7_224=timm-swin-t
 
-All models and baselines are in one process. Each round runs every one of them once, A B A B, so that a slow
-moment of the machine meets both sides of a ratio; a ratio is the median over the rounds. See README.md here.
+All models and baselines are in one process, or with --apart each model and its baseline. Each round runs
+every one of them once, A B A B, so that a slow moment of the machine meets both sides of a ratio; a ratio is
+the median over the rounds. See README.md here.
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Before torch is imported: its profiler announces every start and stop.
@@ -24,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contestants import TIMM_SWIN, Setting, enter  # noqa: E402  found through the line above
+from benchmarks.contestants import TIMM_SWIN, Contestant, Setting, enter  # noqa: E402  found through the line above
 from benchmarks.measure import MEMORY_KINDS, measure_peaks, race  # noqa: E402
 from benchmarks.report import bounds, costs, figures, fingerprint, to_markdown, write  # noqa: E402
 from utils.amp import Amp  # noqa: E402
@@ -57,6 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="literal",
         help=f"literal, self, {TIMM_SWIN}, a model's name, or literal:NAME",
     )
+    parser.add_argument(
+        "--apart",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="each model and its baseline in a process of their own, as if they were alone",
+    )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=" ")
     parser.add_argument("--batch-size", type=int, default=8, help=" ")
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help=" ")
@@ -75,30 +85,41 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=11, help="turns of each contestant")
     parser.add_argument("--warmup", type=int, default=2, help="passes before the first round")
     parser.add_argument("--latency-passes", type=int, default=30, help="passes of one image")
-    parser.add_argument("--minutes", type=float, help="run fewer rounds to end in about this time")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="run fewer rounds to end in about this time, all modes and models",
+    )
     parser.add_argument("--output", default=ROOT / "benchmarks" / "results", type=Path, help=" ")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     args = parser.parse_args(argv)
     for key in ("batch_size", "rounds", "latency_passes"):
         if getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
-    device = torch.device(args.device)
-    setting = Setting(device, Amp(device, args.dtype), args.batch_size, args.channels_last)
-    machine = fingerprint(device) | measure_peaks(setting)
     try:
-        contestants = enter(
-            args.models,
-            args.baseline,
-            setting,
-            args.compile_mode if args.compile else None,
-            args.compile_mode if args.compile_baseline else None,
-        )
+        contestants = enter(args.models, args.baseline, _setting(args), *_compile_modes(args))
     except ValueError as error:
         parser.error(str(error))
+    if args.apart:
+        del contestants  # there to find out early what cannot be run
+        result = measure_apart(argv, args)
+    else:
+        result = measure(contestants, args)
+    path = write(result, args.output)
+    print(to_markdown(result))
+    print(f"written: {path} and the .md and .png beside it")
+    return result
+
+
+def measure(contestants: Sequence[Contestant], args: argparse.Namespace) -> dict[str, Any]:
+    """The result of a race of all contestants in this process."""
+    setting = _setting(args)
+    machine = fingerprint(setting.device)
     counted = {contestant.name: costs(contestant) for contestant in contestants}
     modes = list(dict.fromkeys(args.mode))
     started = time.perf_counter()
@@ -112,36 +133,81 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         args.minutes,
         say=lambda text: print(text, flush=True),
     )
-    rows = []
-    for mode in modes:
-        for c in contestants:
-            size = setting.amp.dtype.itemsize
-            bound = bounds(counted[c.name], machine, mode, args.batch_size, size)
-            rows.append(figures(c, mode, args.batch_size, bound))
+    # After the race: what is allocated for it and freed changes how the system serves later requests.
+    machine |= measure_peaks(setting)
     result = dict(
         machine=machine,
         run=dict(
-            device=device.type,
+            device=setting.device.type,
             dtype=setting.amp.name,
             batch_size=args.batch_size,
             channels_last=args.channels_last,
             compile=args.compile,
             compile_mode=args.compile_mode,
             compile_baseline=args.compile_baseline,
+            apart=False,
             rounds=rounds,
             warmup=args.warmup,
             latency_passes=args.latency_passes,
-            peak_memory_kind=MEMORY_KINDS["cuda" if device.type == "cuda" else "cpu"],
+            peak_memory_kind=MEMORY_KINDS["cuda" if setting.device.type == "cuda" else "cpu"],
             minutes=(time.perf_counter() - started) / 60,
             load_average_after=os.getloadavg() if hasattr(os, "getloadavg") else None,
         ),
         costs=counted,
-        rows=rows,
+        rows=[figures(c, mode, args.batch_size) for mode in modes for c in contestants],
     )
-    path = write(result, args.output)
-    print(to_markdown(result))
-    print(f"written: {path} and the .md and .png beside it")
+    return _with_bounds(result, setting)
+
+
+def measure_apart(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """One race after the other, each in a process of its own; the result of all."""
+    parts = []
+    for entry in args.models:
+        with TemporaryDirectory() as folder:
+            own = ["--no-apart", "--models", entry, "--output", folder]
+            if args.minutes is not None:
+                own += ["--minutes", str(args.minutes / len(args.models))]
+            subprocess.run([sys.executable, __file__, *argv, *own], check=True)
+            (path,) = Path(folder).glob("*.json")
+            parts.append(json.loads(path.read_text()))
+    machine, run = dict(parts[0]["machine"]), dict(parts[0]["run"])
+    for peak in ("tflop_per_s", "gb_per_s"):
+        machine[peak] = max(part["machine"][peak] for part in parts)
+    run |= dict(
+        apart=True,
+        rounds=min(part["run"]["rounds"] for part in parts),
+        minutes=sum(part["run"]["minutes"] for part in parts),
+        load_average_after=parts[-1]["run"]["load_average_after"],
+    )
+    rows = [row for part in parts for row in part["rows"]]
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    result = dict(
+        machine=machine,
+        run=run,
+        costs={name: cost for part in parts for name, cost in part["costs"].items()},
+        rows=[row for mode in modes for row in rows if row["mode"] == mode],
+    )
+    return _with_bounds(result, _setting(args))
+
+
+def _with_bounds(result: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """The result with the `bounds` of each row at the machine's peaks."""
+    size = setting.amp.dtype.itemsize
+    for row in result["rows"]:
+        cost = result["costs"][row["model"]]
+        row |= bounds(cost, result["machine"], row["mode"], setting.batch_size, size)
     return result
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    device = torch.device(args.device)
+    return Setting(device, Amp(device, args.dtype), args.batch_size, args.channels_last)
+
+
+def _compile_modes(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """Modes of torch.compile of the models and of their baselines."""
+    mode = args.compile_mode
+    return mode if args.compile else None, mode if args.compile_baseline else None
 
 
 if __name__ == "__main__":

@@ -245,8 +245,8 @@ def check_data(
             if not (config.EVAL_MODE and config.TEST.REPORT):
                 dataset.check_objects()
             dataset.check(rank, world_size)
-            if split == "train":
-                train_batches(config, len(dataset), world_size)
+        if split == "train" and not dataset.holds(config.DATA.BATCH_SIZE * world_size):
+            train_batches(config, len(dataset), world_size)  # says what is missing
         found.append(dataset.classes)
     check_same_classes(found[0], found[-1], _source(config))
     check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))

@@ -72,6 +72,10 @@ class ImageDataset(Dataset):
         """Number of images."""
         raise NotImplementedError
 
+    def holds(self, count: int) -> bool:
+        """Whether there are at least `count` images; looks at no more of them than that takes."""
+        return len(self) >= count
+
     def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int]:
         """What is stored, and its label: the bytes of an encoded file, still to be decoded, an image of
         any mode, or a uint8 array (H, W) or (H, W, C).

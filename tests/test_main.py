@@ -143,6 +143,14 @@ def test_eval_with_nothing_to_evaluate_is_an_error(capsys):
     assert not Path("out").exists()
 
 
+def test_fewer_images_than_a_batch_stop_before_any_work(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--opts", "DATA.SYNTHETIC.TRAIN_SIZE", "15", "DATA.BATCH_SIZE", "16")
+    assert stop.value.code == 2
+    assert "15 images, and one batch needs 16" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def other_order(state):
     state["classes"].reverse()
 

@@ -1,9 +1,12 @@
 """Any folder of images, one sub-folder per class; or Swin's two zip files of the same images."""
 
+import itertools
+import os
 from functools import cached_property
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from data.registry import ImageDataset, check_same_classes, missing, register_dataset
 from data.zipped import ZippedImages
@@ -44,6 +47,16 @@ class FolderImages(ImageDataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def holds(self, count: int) -> bool:
+        files = (
+            name
+            for folder in self.classes
+            for _, _, names in os.walk(self._root / folder, followlinks=True)
+            for name in names
+            if has_file_allowed_extension(name, IMG_EXTENSIONS)
+        )
+        return len(list(itertools.islice(files, count))) == count
 
     def read(self, index: int) -> tuple[bytes, int]:
         path, label = self.samples[index]

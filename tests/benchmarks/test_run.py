@@ -241,9 +241,34 @@ def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
     }
 
 
+def test_models_can_run_in_a_process_of_their_own_each(tmp_path, monkeypatch):
+    started, call = [], run.subprocess.run
+
+    def counted(command, **options):
+        started.append(command)
+        return call(command, **options)
+
+    monkeypatch.setattr(run.subprocess, "run", counted)
+    names = ["dhvt_tiny_cifar_patch4", "dhvt_tiny_cifar_patch2"]
+    result = run.main(
+        f"--apart --models {' '.join(names)} --mode inference --batch-size 1 --rounds 3 --warmup 1 "
+        f"--latency-passes 2 --device cpu --minutes 2 --output {tmp_path}".split()
+    )
+    assert len(started) == 2
+    assert result["run"]["apart"]
+    expected = [(name, twin) for name in names for twin in (name, f"{name} (literal)")]
+    assert [row["model"] for row in result["rows"]] == [model for _, model in expected]
+    for row in result["rows"]:
+        assert len(row["seconds_per_pass"]) == result["run"]["rounds"] == 3
+        assert row["bound_arithmetic"] > 0
+    table = (tmp_path / "cpu_float32_eager_inference.md").read_text()
+    assert "3 rounds, a process per model and its baseline" in table
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--apart --models dhvt_tiny_cifar_patch4 dfvt_smal", "did you mean"),
         ("--models dfvt_smal", "did you mean"),
         ("--models dpvt_tiny_256", "DPVT has no literal form"),
         ("--rounds 0", "--rounds 0 must be at least 1"),

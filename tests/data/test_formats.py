@@ -111,6 +111,15 @@ def test_a_folder_has_as_many_classes_as_sub_folders(tmp_path, write_images):
     assert dataset.describe(3) == str(tmp_path / "train" / "cat" / "0.png")
 
 
+def test_a_folder_knows_whether_it_fills_a_batch_without_being_listed(tmp_path, write_images):
+    write_images(tmp_path, {"cat": 2, "ant": 3})
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
+    dataset = create_dataset("folder", str(tmp_path), "train")
+    assert dataset.holds(5)
+    assert not dataset.holds(6)
+    assert "samples" not in vars(dataset), "all images were listed"
+
+
 def test_a_missing_folder_is_named_with_the_expected_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/train does not exist.*<class>/<image>"):
         create_dataset("imagenet", str(tmp_path / "nowhere"), "train")
