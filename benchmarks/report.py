@@ -24,37 +24,59 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def figures(contestant: Contestant, mode: str, batch_size: int) -> dict[str, Any]:
     """One row of the result: speed, memory, the ratio to the baseline with its spread."""
-    seconds = contestant.seconds[mode]
     row: dict[str, Any] = dict(
         model=contestant.name,
         mode=mode,
         compiled=contestant.compiled,
-        img_per_s=batch_size / statistics.median(seconds),
-        img_per_s_min=batch_size / max(seconds),
-        img_per_s_max=batch_size / min(seconds),
         passes_per_turn=contestant.passes[mode],
         peak_memory_mib=contestant.memory_mib[mode],
-        seconds_per_pass=seconds,
+        seconds_per_pass=contestant.seconds[mode],
+        latencies_s=contestant.latencies,
     )
     rival = contestant.baseline
     if rival is not None:
-        ratios = [b / a for a, b in zip(seconds, rival.seconds[mode], strict=True)]
         row |= dict(
             baseline=rival.name,
             baseline_compiled=rival.compiled,
-            ratio=statistics.median(ratios),
-            ratio_quartiles=[quantile(ratios, 0.25), quantile(ratios, 0.75)],
-            ratio_range=[min(ratios), max(ratios)],
+            baseline_seconds_per_pass=rival.seconds[mode],
             memory_ratio=contestant.memory_mib[mode] / rival.memory_mib[mode],
         )
         if contestant.difference is not None:
             row["max_logit_difference"] = contestant.difference
-    if contestant.latencies:
-        row |= dict(
-            latency_ms_p50=1000 * quantile(contestant.latencies, 0.5),
-            latency_ms_p95=1000 * quantile(contestant.latencies, 0.95),
+    return row | _statistics(row, batch_size)
+
+
+def pooled(rows: Sequence[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+    """The rows of one model from several processes as one, over the rounds of all of them."""
+    row = dict(rows[0])
+    for key in ("seconds_per_pass", "baseline_seconds_per_pass", "latencies_s"):
+        if key in row:
+            row[key] = [value for part in rows for value in part[key]]
+    row["peak_memory_mib"] = max(part["peak_memory_mib"] for part in rows)
+    return row | _statistics(row, batch_size)
+
+
+def _statistics(row: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Medians and spreads of a row's clock times."""
+    seconds = row["seconds_per_pass"]
+    found = dict(
+        img_per_s=batch_size / statistics.median(seconds),
+        img_per_s_min=batch_size / max(seconds),
+        img_per_s_max=batch_size / min(seconds),
+    )
+    if "baseline_seconds_per_pass" in row:
+        ratios = [b / a for a, b in zip(seconds, row["baseline_seconds_per_pass"], strict=True)]
+        found |= dict(
+            ratio=statistics.median(ratios),
+            ratio_quartiles=[quantile(ratios, 0.25), quantile(ratios, 0.75)],
+            ratio_range=[min(ratios), max(ratios)],
         )
-    return row
+    if row["latencies_s"]:
+        found |= dict(
+            latency_ms_p50=1000 * quantile(row["latencies_s"], 0.5),
+            latency_ms_p95=1000 * quantile(row["latencies_s"], 0.95),
+        )
+    return found
 
 
 def costs(contestant: Contestant) -> dict[str, Any]:
@@ -124,7 +146,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"{machine.get('gpu', machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads; "
         f"torch {machine['torch']}; {run['dtype']}, batch {run['batch_size']}, "
         f"{'channels last' if run['channels_last'] else 'default layout'}; {run['rounds']} rounds"
-        f"{', a process per model and its baseline' if run['apart'] else ''}; "
+        f"{_in_processes(run['processes'])}; "
         f"commit {(machine['commit'] or 'unknown')[:12]}",
         "",
         f"Peaks of this machine: {machine['tflop_per_s']:.3g} TFLOP/s in a product, "
@@ -150,6 +172,10 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{latency} | {row['peak_memory_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _in_processes(count: int) -> str:
+    return f" in each of {count} processes per model and baseline" if count else ""
 
 
 def _compiled(flag: bool) -> str:

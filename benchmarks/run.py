@@ -4,9 +4,9 @@
     python benchmarks/run.py --models dfvt_small dhvt_tiny_imagenet_patch16 --mode train
     python benchmarks/run.py --models dfvt_small swin_tiny_patch4_window7_224=timm-swin-t
 
-All models and baselines are in one process, or with --apart each model and its baseline. Each round runs
-every one of them once, A B A B, so that a slow moment of the machine meets both sides of a ratio; a ratio is
-the median over the rounds. See README.md here.
+All models and baselines are in one process, or with --processes 3 each model and its baseline in three of
+their own, one after the other. Each round runs every one of them once, A B A B, so that a slow moment of the
+machine meets both sides of a ratio; a ratio is the median over all rounds. See README.md here.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.contestants import TIMM_SWIN, Contestant, Setting, enter  # noqa: E402  found through the line above
 from benchmarks.measure import MEMORY_KINDS, measure_peaks, race  # noqa: E402
-from benchmarks.report import bounds, costs, figures, fingerprint, to_markdown, write  # noqa: E402
+from benchmarks.report import bounds, costs, figures, fingerprint, pooled, to_markdown, write  # noqa: E402
 from utils.amp import Amp  # noqa: E402
 from utils.wrappers import COMPILE_MODES  # noqa: E402
 
@@ -62,10 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"literal, self, {TIMM_SWIN}, a model's name, or literal:NAME",
     )
     parser.add_argument(
-        "--apart",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="each model and its baseline in a process of their own, as if they were alone",
+        "--processes",
+        type=int,
+        default=0,
+        help="so many for each model and its baseline alone, whose rounds are pooled; 0: one for all",
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help=" ")
     parser.add_argument("--batch-size", type=int, default=8, help=" ")
@@ -98,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     args = parser.parse_args(argv)
-    for key in ("batch_size", "rounds", "latency_passes"):
-        if getattr(args, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    for key, least in dict(batch_size=1, rounds=1, latency_passes=1, processes=0).items():
+        if getattr(args, key) < least:
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least {least}")
     try:
         contestants = enter(args.models, args.baseline, _setting(args), *_compile_modes(args))
     except ValueError as error:
         parser.error(str(error))
-    if args.apart:
+    if args.processes:
         del contestants  # there to find out early what cannot be run
         result = measure_apart(argv, args)
     else:
@@ -145,7 +145,7 @@ def measure(contestants: Sequence[Contestant], args: argparse.Namespace) -> dict
             compile=args.compile,
             compile_mode=args.compile_mode,
             compile_baseline=args.compile_baseline,
-            apart=False,
+            processes=0,
             rounds=rounds,
             warmup=args.warmup,
             latency_passes=args.latency_passes,
@@ -160,26 +160,31 @@ def measure(contestants: Sequence[Contestant], args: argparse.Namespace) -> dict
 
 
 def measure_apart(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """One race after the other, each in a process of its own; the result of all."""
+    """Races of one model and its baseline each, in processes of their own; the result of all."""
     parts = []
     for entry in args.models:
-        with TemporaryDirectory() as folder:
-            own = ["--no-apart", "--models", entry, "--output", folder]
-            if args.minutes is not None:
-                own += ["--minutes", str(args.minutes / len(args.models))]
-            subprocess.run([sys.executable, __file__, *argv, *own], check=True)
-            (path,) = Path(folder).glob("*.json")
-            parts.append(json.loads(path.read_text()))
+        for _ in range(args.processes):
+            with TemporaryDirectory() as folder:
+                own = ["--processes", "0", "--models", entry, "--output", folder]
+                if args.minutes is not None:
+                    share = args.minutes / (len(args.models) * args.processes)
+                    own += ["--minutes", str(share)]
+                subprocess.run([sys.executable, __file__, *argv, *own], check=True)
+                (path,) = Path(folder).glob("*.json")
+                parts.append(json.loads(path.read_text()))
     machine, run = dict(parts[0]["machine"]), dict(parts[0]["run"])
     for peak in ("tflop_per_s", "gb_per_s"):
         machine[peak] = max(part["machine"][peak] for part in parts)
     run |= dict(
-        apart=True,
+        processes=args.processes,
         rounds=min(part["run"]["rounds"] for part in parts),
         minutes=sum(part["run"]["minutes"] for part in parts),
         load_average_after=parts[-1]["run"]["load_average_after"],
     )
-    rows = [row for part in parts for row in part["rows"]]
+    rows = []
+    for start in range(0, len(parts), args.processes):
+        same = zip(*(part["rows"] for part in parts[start : start + args.processes]), strict=True)
+        rows += [pooled(group, args.batch_size) for group in same]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     result = dict(
         machine=machine,

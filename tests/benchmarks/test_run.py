@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import measure, run, throughput
 from benchmarks.contestants import Contestant, Setting, enter, fix_routing
 from benchmarks.literal import literal
-from benchmarks.report import bounds, figures, file_name
+from benchmarks.report import bounds, figures, file_name, pooled
 from models import create_model
 from tests.small_models import METAFORMER, SMALL, WITH_LITERAL_FORM
 from utils.amp import Amp
@@ -241,7 +241,7 @@ def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
     }
 
 
-def test_models_can_run_in_a_process_of_their_own_each(tmp_path, monkeypatch):
+def test_models_can_run_in_processes_of_their_own(tmp_path, monkeypatch):
     started, call = [], run.subprocess.run
 
     def counted(command, **options):
@@ -249,26 +249,41 @@ def test_models_can_run_in_a_process_of_their_own_each(tmp_path, monkeypatch):
         return call(command, **options)
 
     monkeypatch.setattr(run.subprocess, "run", counted)
-    names = ["dhvt_tiny_cifar_patch4", "dhvt_tiny_cifar_patch2"]
+    name = "dhvt_tiny_cifar_patch4"
     result = run.main(
-        f"--apart --models {' '.join(names)} --mode inference --batch-size 1 --rounds 3 --warmup 1 "
+        f"--processes 2 --models {name} --mode inference --batch-size 1 --rounds 3 --warmup 1 "
         f"--latency-passes 2 --device cpu --minutes 2 --output {tmp_path}".split()
     )
     assert len(started) == 2
-    assert result["run"]["apart"]
-    expected = [(name, twin) for name in names for twin in (name, f"{name} (literal)")]
-    assert [row["model"] for row in result["rows"]] == [model for _, model in expected]
+    assert result["run"]["processes"] == 2
+    assert [row["model"] for row in result["rows"]] == [name, f"{name} (literal)"]
     for row in result["rows"]:
-        assert len(row["seconds_per_pass"]) == result["run"]["rounds"] == 3
+        assert len(row["seconds_per_pass"]) == 6
+        assert len(row["latencies_s"]) == 4
         assert row["bound_arithmetic"] > 0
+    assert result["rows"][0]["baseline_seconds_per_pass"] == result["rows"][1]["seconds_per_pass"]
     table = (tmp_path / "cpu_float32_eager_inference.md").read_text()
-    assert "3 rounds, a process per model and its baseline" in table
+    assert "3 rounds in each of 2 processes per model and baseline" in table
+
+
+def test_rounds_of_several_processes_are_pooled():
+    parts = [
+        dict(
+            seconds_per_pass=[2.0], baseline_seconds_per_pass=[second], latencies_s=[0.1],
+            peak_memory_mib=second,
+        )
+        for second in (4.0, 6.0, 16.0)
+    ]  # fmt: skip
+    row = pooled(parts, batch_size=8)
+    assert (row["ratio"], row["ratio_range"], row["img_per_s"]) == (3.0, [2.0, 8.0], 4.0)
+    assert row["peak_memory_mib"] == 16.0
+    assert row["latency_ms_p50"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--apart --models dhvt_tiny_cifar_patch4 dfvt_smal", "did you mean"),
+        ("--processes 1 --models dhvt_tiny_cifar_patch4 dfvt_smal", "did you mean"),
         ("--models dfvt_smal", "did you mean"),
         ("--models dpvt_tiny_256", "DPVT has no literal form"),
         ("--rounds 0", "--rounds 0 must be at least 1"),
