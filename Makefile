@@ -37,8 +37,8 @@ tables: $(INSTALLED) ## count all models again and write the README's table (min
 	$(BIN)/python tools/tables.py --update
 
 bench: $(INSTALLED) ## time the families against their literal forms, within 30 minutes on 2 cores
-	$(BIN)/python benchmarks/run.py --processes 3 --mode inference --minutes 8
-	$(BIN)/python benchmarks/run.py --processes 3 --mode train --minutes 12
+	$(BIN)/python benchmarks/run.py --processes 3 --mode inference --minutes 11 --output benchmarks/results
+	$(BIN)/python benchmarks/run.py --processes 2 --mode train --minutes 15 --output benchmarks/results
 	$(BIN)/python tools/tables.py --speed
 
 clean: ## remove the environment and caches, never a run's output

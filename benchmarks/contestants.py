@@ -44,6 +44,11 @@ class Contestant:
     latencies: list[float] = field(default_factory=list)
     memory_mib: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a model as MixLab deploys it, not a literal form or timm's."""
+        return self.name != TIMM_SWIN and not self.name.endswith(" (literal)")
+
     def prepared(self, mode: str) -> nn.Module:
         """The module of a mode, in that mode."""
         if mode == "train" or self.deployed is None:
@@ -109,7 +114,6 @@ def enter(
             twin = copy.deepcopy(model.model)
             twin = literal(twin) if against == "literal" else twin
             rival = Contestant(f"{name} ({against})", twin, model.size, is_baseline=True)
-            model.difference = _difference(model, rival, setting)
         else:
             rival = shared.get(against) or _build_rival(against, setting)
             rival.is_baseline = True
@@ -120,11 +124,16 @@ def enter(
         if against not in ("literal", "self"):
             shared[against] = rival
     for contestant in order:
-        # A model against itself must be the same on both sides.
-        ours = not contestant.is_baseline or contestant.name.endswith(" (self)")
-        if ours:
+        if contestant.is_ours:
             contestant.deployed = fold_batch_norms(contestant.model)
-        if mode := compile_models if ours else compile_baselines:
+    for contestant in order:
+        rival = contestant.baseline
+        if rival and rival.name in (f"{contestant.name} (literal)", f"{contestant.name} (self)"):
+            contestant.difference = _difference(contestant, rival, setting)
+    for contestant in order:
+        # A model against itself must be the same on both sides.
+        is_rival = contestant.is_baseline and not contestant.name.endswith(" (self)")
+        if mode := compile_baselines if is_rival else compile_models:
             for module in filter(None, (contestant.model, contestant.deployed)):
                 module.compile(mode=mode)
             contestant.compiled = True
@@ -201,7 +210,8 @@ def fix_routing(model: nn.Module, share: float) -> None:
 def _difference(a: Contestant, b: Contestant, setting: Setting) -> float:
     """Largest difference of the logits of two images, relative to the largest logit."""
     images = setting.images(a, 2)
-    first, second = a.prepared("inference")(images), b.prepared("inference")(images)
+    with setting.amp.autocast():
+        first, second = (c.prepared("inference")(images).float() for c in (a, b))
     return float((first - second).abs().max() / first.abs().max())
 
 

@@ -3,7 +3,7 @@
 `literal(model)` copies a model and replaces what MixLab computes in another way than its paper states it:
 softmax attention with the whole matrix of logits, windows with a bias looked up and a mask added at each
 call, dilated windows by unfolding keys and values, a complex filter for every image, position and channel,
-convolutions in the default layout with batch norms of their own. Three models are written out as a whole:
+stems in the default layout, batch norms of their own. Three models are written out as a whole:
 DHVT is a sequence with a class token, cut apart and joined in every block, DFvT goes back and forth between
 sequences and maps, and DilateFormer's blocks hand on maps of planes. In the others everything else (layout
 between blocks) stays as it is, so that a ratio is the gain of the fast paths alone.
@@ -14,6 +14,7 @@ Shapes: B batch, C channels, H/W map, N tokens, h heads, d head dim, M expanded 
 """
 
 import copy
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -168,11 +169,18 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def window_attention(attn: windows.Windowed, x: Tensor, shift_mask: Tensor | None = None) -> Tensor:
-    """Swin, Sec. 3.2; V2 differs in what `project` and `relative_bias` compute."""
+    """Swin, Sec. 3.2; V2, Sec. 3.3, has cosines and another `relative_bias`."""
     grid = (x.shape[1], x.shape[2])
     window, shift = attn.windows_on(grid)
-    q, k, v = attn.project(windows.cut_windows(x, window, shift, by_image=False))  # B*n h N d
-    logits = q @ k.transpose(-2, -1) * attn.scale + attn.relative_bias(window)
+    x = windows.cut_windows(x, window, shift, by_image=False)[:, :, 0]  # B*n N C
+    qkv = F.linear(x, attn.qkv.weight, attn.projection_bias())
+    q, k, v = split_heads(qkv, attn.num_heads, 3)  # B*n h N d
+    if isinstance(attn, windows.CosineWindowAttention):
+        temperature = attn.logit_scale.clamp(max=math.log(100)).exp()  # h 1 1
+        q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+    else:
+        q = q * attn.scale
+    logits = q @ k.transpose(-2, -1) + attn.relative_bias(window)
     if shift or (any(side % window for side in grid) and not attn.fixed_windows):
         mask = shift_mask if grid == attn.grid else None
         if mask is None:
@@ -247,11 +255,11 @@ def dilateformer_model(model: dilateformer.DilateFormer, x: Tensor) -> Tensor:
 
 
 def dfvt_model(model: dfvt.DFvT, x: Tensor) -> Tensor:
-    """DFvT, Sec. 3: attention sees sequences, convolutions maps in PyTorch's default layout."""
+    """DFvT, Sec. 3: attention sees sequences, convolutions views of them as maps."""
     x = model._stem(x)
     for i, level in enumerate(model.layers):
         convs = model.convlayers[i]
-        detail = convs.conv1x1_1(x.contiguous())
+        detail = convs.conv1x1_1(x)
         context = convs.conv1x1_2(convs.conv1(detail))
         y = x
         if i < len(model.multiresolution_conv):
@@ -329,7 +337,8 @@ def star_relu(act: StarReLU, x: Tensor) -> Tensor:
 
 
 def silu(act: SiLU, x: Tensor) -> Tensor:
-    return F.silu(x)
+    """In place, as DFvT's release has it."""
+    return F.silu(x, inplace=True)
 
 
 def gelu(act: GELU, x: Tensor) -> Tensor:
@@ -374,8 +383,8 @@ def separable_convolution(mixer: convolution.SepConv, x: Tensor) -> Tensor:
 
 def dfvt_stem(stem: dfvt.ConvStem, x: Tensor) -> Tensor:
     """In PyTorch's default layout."""
-    x = F.silu(stem.norm1(stem.proj1(pad_to_multiple(x, 4))))
-    return F.silu(stem.norm(stem.proj2(x)))
+    x = stem.act(stem.norm1(stem.proj1(pad_to_multiple(x, 4))))
+    return stem.act(stem.norm(stem.proj2(x)))
 
 
 def dropped_daff(module: metaformer.MapDAFF, x: Tensor) -> Tensor:
@@ -383,7 +392,7 @@ def dropped_daff(module: metaformer.MapDAFF, x: Tensor) -> Tensor:
 
 
 class BiasFreeNorm(nn.LayerNorm):
-    """Layer norm by its definition; PyTorch's kernel takes a bias of None only since version 2.1."""
+    """Layer norm by its definition, as the MetaFormer releases write it."""
 
     def forward(self, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)

@@ -62,7 +62,7 @@ def race(
     if minutes is not None:
         affordable = int((60 * minutes - spent - latency_s) / round_s)
         if affordable < rounds:
-            rounds = max(MIN_ROUNDS, affordable)
+            rounds = min(rounds, max(MIN_ROUNDS, affordable))
             say(f"--minutes {minutes:g} leaves time for {rounds} rounds")
     left = rounds * round_s + latency_s
     say(f"estimated: {left / 60:.1f} minutes for {rounds} rounds, {round_s:.1f} s each")

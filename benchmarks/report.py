@@ -219,10 +219,11 @@ def _leads(point: tuple[float, float], points: dict[str, tuple[float, float]]) -
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """Device, precision and how it was run, and what, if it was one mode alone; without a suffix."""
+    """Device, precision, how it was run, what, if it was one mode alone, and whether models were alone."""
     run, modes = result["run"], {row["mode"] for row in result["rows"]}
     parts = [run["device"], run["dtype"], "compiled" if run["compile"] else "eager"]
-    return "_".join(parts + ["channels_last"] * run["channels_last"] + [*modes] * (len(modes) == 1))
+    parts += ["channels_last"] * run["channels_last"] + [*modes] * (len(modes) == 1)
+    return "_".join(parts + ["alone"] * bool(run["processes"]))
 
 
 def write(result: dict[str, Any], folder: Path) -> Path:

@@ -90,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         help="run fewer rounds to end in about this time, all modes and models",
     )
-    parser.add_argument("--output", default=ROOT / "benchmarks" / "results", type=Path, help=" ")
+    parser.add_argument("--output", default=Path("output", "benchmarks"), type=Path, help=" ")
     return parser
 
 
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for key, least in dict(batch_size=1, rounds=1, latency_passes=1, processes=0).items():
         if getattr(args, key) < least:
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least {least}")
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None  # before we are the load
     try:
         contestants = enter(args.models, args.baseline, _setting(args), *_compile_modes(args))
     except ValueError as error:
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.processes:
         del contestants  # there to find out early what cannot be run
         result = measure_apart(argv, args)
+        result["machine"]["load_average"] = load
     else:
         result = measure(contestants, args)
     path = write(result, args.output)
@@ -160,25 +162,33 @@ def measure(contestants: Sequence[Contestant], args: argparse.Namespace) -> dict
 
 
 def measure_apart(argv: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Races of one model and its baseline each, in processes of their own; the result of all."""
-    parts = []
+    """Races of one model and its baseline each, in processes of their own; the result of all.
+
+    A race that fails is said, and the others go on; RuntimeError if none is left.
+    """
+    started, parts, left = time.perf_counter(), [], len(args.models) * args.processes
     for entry in args.models:
+        own: list[dict[str, Any]] = []
         for _ in range(args.processes):
-            with TemporaryDirectory() as folder:
-                own = ["--processes", "0", "--models", entry, "--output", folder]
-                if args.minutes is not None:
-                    share = args.minutes / (len(args.models) * args.processes)
-                    own += ["--minutes", str(share)]
-                subprocess.run([sys.executable, __file__, *argv, *own], check=True)
-                (path,) = Path(folder).glob("*.json")
-                parts.append(json.loads(path.read_text()))
+            minutes = args.minutes
+            if minutes is not None:
+                minutes = max(0.0, (minutes - (time.perf_counter() - started) / 60) / left)
+            left -= 1
+            if (part := _race_alone(argv, entry, minutes)) is None:
+                print(f"{entry}: failed, and is left out", flush=True)
+                break
+            own.append(part)
+        else:
+            parts += own
+    if not parts:
+        raise RuntimeError(f"none of {list(args.models)} could be timed; see the errors above")
     machine, run = dict(parts[0]["machine"]), dict(parts[0]["run"])
     for peak in ("tflop_per_s", "gb_per_s"):
         machine[peak] = max(part["machine"][peak] for part in parts)
     run |= dict(
         processes=args.processes,
         rounds=min(part["run"]["rounds"] for part in parts),
-        minutes=sum(part["run"]["minutes"] for part in parts),
+        minutes=(time.perf_counter() - started) / 60,
         load_average_after=parts[-1]["run"]["load_average_after"],
     )
     rows = []
@@ -193,6 +203,18 @@ def measure_apart(argv: Sequence[str], args: argparse.Namespace) -> dict[str, An
         rows=[row for mode in modes for row in rows if row["mode"] == mode],
     )
     return _with_bounds(result, _setting(args))
+
+
+def _race_alone(argv: Sequence[str], entry: str, minutes: float | None) -> dict[str, Any] | None:
+    """The result of one entry, in a process of its own; None if that fails."""
+    with TemporaryDirectory() as folder:
+        own = ["--processes", "0", "--models", entry, "--output", folder]
+        if minutes is not None:
+            own += ["--minutes", str(minutes)]
+        if subprocess.run([sys.executable, __file__, *argv, *own], check=False).returncode:
+            return None
+        (path,) = Path(folder).glob("*.json")
+        return json.loads(path.read_text())
 
 
 def _with_bounds(result: dict[str, Any], setting: Setting) -> dict[str, Any]:

@@ -55,6 +55,13 @@ class ClassificationTask:
         self.objective = objective
         self.bce = None
         if loss == "bce":
+            least = label_smoothing / num_classes
+            if bce_threshold is not None and bce_threshold < least:
+                raise ValueError(
+                    f"TRAIN.BCE_THRESHOLD={bce_threshold} is below the {least:g} that MODEL.LABEL_SMOOTHING="
+                    f"{label_smoothing} gives every class, and all of them would be right: set "
+                    "MODEL.LABEL_SMOOTHING 0, or a higher threshold"
+                )
             self.bce = BinaryCrossEntropy(
                 label_smoothing, target_threshold=bce_threshold, sum_classes=bce_sum
             )

@@ -63,8 +63,8 @@ def _data_set(name: str, _: argparse.Namespace) -> Settings:
 
 
 def _binary(*_: Any) -> Settings:
-    """Every class that is mixed in becomes 1."""
-    return {"TRAIN.LOSS": "bce", "TRAIN.BCE_THRESHOLD": 0.0}
+    """Every class that is mixed in becomes 1; with smoothing all classes would, so there is none."""
+    return {"TRAIN.LOSS": "bce", "TRAIN.BCE_THRESHOLD": 0.0, "MODEL.LABEL_SMOOTHING": 0.0}
 
 
 def _three_augment(*_: Any) -> Settings:
@@ -139,7 +139,7 @@ FLAGS: dict[str, Flag] = {
     "--color-jitter": Flag(float, 0.4, "AUG.COLOR_JITTER"),
     "--aa": Flag(str, "rand-m9-mstd0.5-inc1", "AUG.AUTO_AUGMENT"),
     "--smoothing": Flag(float, 0.1, "MODEL.LABEL_SMOOTHING"),
-    "--bce-loss": Flag(bool, None, _binary),
+    "--bce-loss": Flag(bool, None, _binary),  # behind --smoothing
     "--train-interpolation": Flag(str, "bicubic", "DATA.INTERPOLATION"),
     "--repeated-aug": Flag(bool, True, "AUG.REPEATED_AUG", opposite=True),
     "--reprob": Flag(float, 0.25, "AUG.REPROB"),

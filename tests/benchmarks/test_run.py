@@ -64,6 +64,18 @@ def test_the_literal_model_does_not_use_the_fused_kernels(monkeypatch):
         model.eval()(x)
 
 
+@pytest.mark.parametrize("family", WITH_LITERAL_FORM)
+def test_the_literal_model_multiplies_by_pytorchs_own_linear(family, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("a linear layer ran as a convolution")
+
+    model, x = tiny(family)
+    twin = literal(model).eval()
+    monkeypatch.setattr("models.layers.linear._convolves", lambda: True)
+    monkeypatch.setattr("models.layers.linear._convolve", forbidden)
+    twin(x)
+
+
 def test_the_model_itself_stays_as_it_was():
     model, _ = tiny("mixed")
     before = [type(m) for m in model.modules()]
@@ -87,7 +99,7 @@ def test_what_has_no_literal_form_is_refused(model, match):
 
 
 class Work(nn.Module):
-    """As much arithmetic as `repeats` says."""
+    """As much arithmetic, and as many values at a time, as `repeats` says."""
 
     def __init__(self, repeats):
         super().__init__()
@@ -95,7 +107,7 @@ class Work(nn.Module):
         self.layer = nn.Linear(3 * 64 * 64, 64)
 
     def forward(self, x):
-        return sum(self.layer(x.flatten(1)) for _ in range(self.repeats))
+        return torch.stack([self.layer(x.flatten(1)) for _ in range(self.repeats)]).sum(0)
 
 
 def raced(first, second, monkeypatch):
@@ -112,13 +124,14 @@ def test_a_model_against_itself_is_as_fast_as_itself(monkeypatch):
     for row in raced(work, work, monkeypatch):
         low, high = row["ratio_range"]
         assert low <= 1.0 <= high
-        assert 0.5 < row["ratio"] < 2.0, row["mode"]  # wide: a test machine is busy
+        assert 0.7 < row["ratio"] < 1.4, row["mode"]  # wide: a test machine is busy
 
 
 def test_a_model_with_a_third_of_the_work_is_faster_and_smaller(monkeypatch):
     inference, train = raced(Work(4), Work(12), monkeypatch)
     assert inference["ratio"] > 1.2
     assert train["ratio"] > 1.2
+    assert inference["memory_ratio"] < 0.7
 
 
 def test_the_figures_are_those_of_the_clock():
@@ -204,6 +217,7 @@ def test_a_share_that_makes_no_sense_is_refused(name, share):
 )
 def test_results_of_one_mode_do_not_overwrite_those_of_another(modes, channels_last, expected):
     run = dict(device="cpu", dtype="float32", compile=True, channels_last=channels_last)
+    run["processes"] = 0
     assert file_name(dict(run=run, rows=[dict(mode=mode) for mode in modes])) == expected
 
 
@@ -262,7 +276,7 @@ def test_models_can_run_in_processes_of_their_own(tmp_path, monkeypatch):
         assert len(row["latencies_s"]) == 4
         assert row["bound_arithmetic"] > 0
     assert result["rows"][0]["baseline_seconds_per_pass"] == result["rows"][1]["seconds_per_pass"]
-    table = (tmp_path / "cpu_float32_eager_inference.md").read_text()
+    table = (tmp_path / "cpu_float32_eager_inference_alone.md").read_text()
     assert "3 rounds in each of 2 processes per model and baseline" in table
 
 

@@ -124,23 +124,25 @@ def binary(targets, logits=LOGITS):
         ({}, [0.0, 0.0, 1.0], lambda losses: sum(losses) / 3),
         (dict(bce_sum=True), [0.0, 0.0, 1.0], sum),
         (dict(label_smoothing=0.3), [0.1, 0.1, 0.8], lambda losses: sum(losses) / 3),
-        (
-            dict(label_smoothing=0.3, bce_threshold=0.05),
-            [1.0, 1.0, 1.0],
-            lambda losses: sum(losses) / 3,
-        ),
+        (dict(bce_threshold=0.0), [0.0, 0.0, 1.0], lambda losses: sum(losses) / 3),
         (
             dict(label_smoothing=0.3, bce_threshold=0.2),
             [0.0, 0.0, 1.0],
             lambda losses: sum(losses) / 3,
         ),
     ],
-    ids=["mean", "sum", "smoothed", "low threshold", "high threshold"],
+    ids=["mean", "sum", "smoothed", "threshold", "smoothed threshold"],
 )
 def test_binary_cross_entropy_asks_for_each_class_alone(options, targets, reduce):
     task = ClassificationTask(3, loss="bce", **options)
     loss = task.losses(Fixed(LOGITS), batch([2, 2]))["loss"]
     assert loss.item() == pytest.approx(reduce(binary(targets)), rel=1e-5)
+
+
+def test_a_threshold_that_smoothing_reaches_in_every_class_is_refused():
+    """All targets would be 1, and the loss would fall to 0 without anything learnt."""
+    with pytest.raises(ValueError, match=r"TRAIN.BCE_THRESHOLD=0.0 .* MODEL.LABEL_SMOOTHING=0.3"):
+        ClassificationTask(3, loss="bce", label_smoothing=0.3, bce_threshold=0.0)
 
 
 def test_a_threshold_makes_both_labels_of_a_mixed_image_true():
