@@ -26,7 +26,7 @@ class BatchMemory:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.key = uuid.uuid4().hex
-        self._own: dict[int, Tensor] = {}  # a worker's, by number
+        self.own: dict[int, Tensor] = {}  # a worker's that it has sent, by number
         self._turn = 0
         self._mapped: dict[
             tuple[int, int], Tensor
@@ -36,13 +36,10 @@ class BatchMemory:
     def take(self, worker: int, shape: tuple[int, ...]) -> "Slot":
         """In a worker: its next slot, as uint8 of `shape` with whatever was there."""
         number, self._turn = self._turn, (self._turn + 1) % self.slots
-        memory, size = self._own.get(number), torch.Size(shape).numel()
-        is_new = memory is None or len(memory) < size
-        if is_new:
-            memory = self._own[number] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        return Slot(
-            self.key, (worker, number), memory[:size].view(shape), memory if is_new else None
-        )
+        memory, size = self.own.get(number), torch.Size(shape).numel()
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return Slot(self, (worker, number), memory, memory[:size].view(shape))
 
     def find(self, place: tuple[int, int], memory: Tensor | None) -> Tensor:
         """In the training process: the slot at a worker's place, which comes along when it is new."""
@@ -50,25 +47,35 @@ class BatchMemory:
             self._mapped[place] = memory
         return self._mapped[place]
 
+    def __len__(self) -> int:
+        """In the training process: how many slots its workers have."""
+        return len(self._mapped)
+
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is started afresh has no slots yet, and reads none.
-        return dict(slots=self.slots, key=self.key, _own={}, _turn=0, _mapped={})
+        return dict(slots=self.slots, key=self.key, own={}, _turn=0, _mapped={})
 
 
 class Slot:
     """A batch in shared memory; in the training process it arrives as a tensor."""
 
     def __init__(
-        self, key: str, place: tuple[int, int], images: Tensor, memory: Tensor | None
+        self, owner: BatchMemory, place: tuple[int, int], memory: Tensor, images: Tensor
     ) -> None:
         self.images = images
-        self._key, self._place, self._memory = key, place, memory
+        self._owner, self._place, self._memory = owner, place, memory
 
     def __getitem__(self, rows: slice) -> "Slot":
-        return Slot(self._key, self._place, self.images[rows], self._memory)
+        """The first rows."""
+        return Slot(self._owner, self._place, self._memory, self.images[rows])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (self._key, self._place, tuple(self.images.shape), self._memory)
+        # Sent, and only now the worker's: of a batch that fails on the way nothing arrives.
+        number, memory = self._place[1], self._memory
+        is_new = self._owner.own.get(number) is not memory
+        self._owner.own[number] = memory
+        shape = tuple(self.images.shape)
+        return _received, (self._owner.key, self._place, shape, memory if is_new else None)
 
 
 def _received(

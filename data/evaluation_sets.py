@@ -178,7 +178,12 @@ def folder_labels(root: Path, classes: Sequence[str]) -> dict[str, int]:
     Raises:
         ValueError: a folder is none of these.
     """
-    names = class_folders(root)
+    try:
+        names = class_folders(root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"TEST.SETS: {root.absolute()} must hold a folder per class, <class>/<image>"
+        ) from error
     synsets = imagenet_names(len(classes))
     readings = [list(classes), synsets, [str(label) for label in range(len(classes))]]
     for reading in readings:
@@ -205,12 +210,26 @@ def _corruptions(root: Path) -> dict[str, Path]:
     )
 
 
+def _read_lists(path: Path) -> list[list[int]]:
+    """Labels per image, of a file like `real.json`."""
+    try:
+        lists = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"TEST.SETS {REAL}: there is no file {path.absolute()}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"TEST.SETS {REAL}: {path} cannot be read: {error}") from error
+    if not isinstance(lists, list) or not all(isinstance(labels, list) for labels in lists):
+        raise ValueError(f"TEST.SETS {REAL}: {path} must be a list with a list of labels per image")
+    return lists
+
+
 def _real_labels(validation: ImageDataset, path: str, num_classes: int) -> EvaluationSet:
     """Validation images that have labels in the list of the reassessment, arXiv:2006.07159, and these."""
-    if path:
-        lists = json.loads(Path(path).read_text())
-    else:
-        lists = list(RealLabelsImagenet([""] * 50_000).real_labels.values())
+    lists = (
+        _read_lists(Path(path))
+        if path
+        else list(RealLabelsImagenet([""] * 50_000).real_labels.values())
+    )
     chosen, right = [], []
     for index in range(len(validation)):
         number = _NUMBERED_FILE.search(validation.describe(index))

@@ -228,6 +228,13 @@ class JoinedImages(ImageDataset):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def holds(self, count: int) -> bool:
+        for part in self._parts:
+            if part.holds(count):
+                return True
+            count -= len(part)
+        return False
+
     def _find(self, index: int) -> tuple[ImageDataset, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self._parts[part], int(index - (self._ends[part - 1] if part else 0))

@@ -7,8 +7,9 @@ import random
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import cv2
@@ -86,7 +87,6 @@ class Samples(Dataset):
     """
 
     advice = "replace the file, or set DATA.ON_ERROR skip"  # where an image is unreadable
-    memory: BatchMemory | None = None  # where workers write their batches
 
     def __init__(
         self,
@@ -127,13 +127,7 @@ class Samples(Dataset):
     def __getitems__(self, keys: list[Key]) -> RawBatch | None:
         """A batch; DataLoader calls it, so that generators are put back once."""
         with preserved_rng():
-            return collate(map(self._sample, keys), len(keys), self._new_batch)
-
-    def _new_batch(self, shape: tuple[int, ...]) -> Tensor | Slot:
-        worker = get_worker_info()
-        if worker is None or self.memory is None:
-            return _bytes(shape)
-        return self.memory.take(worker.id, shape)
+            return collate(map(self._sample, keys), len(keys))
 
     def _sample(self, key: Key) -> Sample | None:
         found = self._find(key.index)
@@ -214,27 +208,34 @@ def preserved_rng() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _bytes(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8)
+# In a worker: where it writes its batches.
+_memory: BatchMemory | None = None
 
 
-def collate(
-    samples: Iterable[Sample | None],
-    size: int,
-    new_batch: Callable[[tuple[int, ...]], Tensor | Slot] = _bytes,
-) -> RawBatch | None:
+def _start_worker(memory: BatchMemory, worker: int) -> None:
+    global _memory
+    _memory = memory
+    _single_threaded()
+
+
+def _new_batch(shape: tuple[int, ...]) -> Tensor | Slot:
+    """uint8 of `shape`, for images."""
+    worker = get_worker_info()
+    if worker is None or _memory is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    return _memory.take(worker.id, shape)
+
+
+def collate(samples: Iterable[Sample | None], size: int) -> RawBatch | None:
     """At most `size` samples -> a batch of those that were not left out (None), or None.
 
     Each sample is written into the batch before the next one is made, so that its memory is used again.
-
-    Args:
-        new_batch: memory for images of a shape.
     """
     images, planes, labels, erasures = None, None, [], []
     for pixels, label, erased in filter(None, samples):
         height, width, channels = pixels.shape
         if images is None:
-            images = new_batch((size, channels, height, width))
+            images = _new_batch((size, channels, height, width))
             planes = (images.images if isinstance(images, Slot) else images).numpy()
         # OpenCV writes into planes that fit, and would silently make others.
         assert planes.shape[1:] == (channels, height, width), (planes.shape, pixels.shape)
@@ -318,8 +319,7 @@ class Loader(Split, DataLoader):
         pin_memory: bool = False,
     ) -> None:
         _single_threaded()
-        if num_workers:
-            samples.memory = BatchMemory(slots=_PREFETCH + 1)
+        self.memory = BatchMemory(slots=_PREFETCH + 1)
         super().__init__(
             samples,
             batch_sampler=sampler,
@@ -328,7 +328,7 @@ class Loader(Split, DataLoader):
             persistent_workers=num_workers > 0,
             prefetch_factor=_PREFETCH if num_workers else None,
             collate_fn=_as_it_is,
-            worker_init_fn=_single_threaded,
+            worker_init_fn=partial(_start_worker, self.memory),
             # Its own generator: starting an epoch must not draw from the model's.
             generator=torch.Generator().manual_seed(samples.seed),
         )
@@ -348,7 +348,8 @@ class Loader(Split, DataLoader):
         return self.finish(images, batch.erasures), labels
 
     def _moved(self, part: Tensor) -> Tensor:
-        return part if self.device is None else part.to(self.device, non_blocking=True)
+        # Unpinned memory may be that of a slot, which a worker fills anew.
+        return part if self.device is None else part.to(self.device, non_blocking=part.is_pinned())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return map(self.finished, self.raw_batches())
@@ -357,7 +358,7 @@ class Loader(Split, DataLoader):
         """PyTorch's own warning knows neither the config key nor the other processes."""
 
 
-def _single_threaded(_worker: int = 0) -> None:
+def _single_threaded() -> None:
     """One thread for OpenCV: workers are the parallelism, and its pool does not survive their fork."""
     cv2.setNumThreads(0)
 

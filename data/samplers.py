@@ -30,8 +30,8 @@ class TrainBatchSampler(Sampler[list[Key]]):
     Args:
         num_samples: images of the split.
         batch_size: images per process.
-        repeats: each drawn image so many times in a row, on different processes, as in repeated
-            augmentation (arXiv:1901.09335); an epoch has the usual length, so fewer images.
+        repeats: each drawn image so many times in a row, as in repeated augmentation (arXiv:1901.09335),
+            on different processes unless shards are fixed; an epoch has the usual length, so fewer images.
         fixed_shards: process r shuffles only images r, r + world_size, ..., so that it can keep its own
             share in memory; global batches then depend on the number of processes.
 
@@ -81,23 +81,19 @@ class TrainBatchSampler(Sampler[list[Key]]):
 
     def state(self, next_batch: int) -> dict[str, Any]:
         """Plain data from which `load_state` continues with `next_batch` of the current epoch."""
-        return {
-            "epoch": self.epoch,
-            "images": next_batch * self.global_batch,
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-        }
+        images = next_batch * self.global_batch
+        return {"epoch": self.epoch, "images": images, **self._order()}
 
     def load_state(self, state: dict[str, Any]) -> tuple[int, int]:
         """Continue where `state` was taken, also on another number of processes -> epoch, next batch.
 
-        Warns if that is not exact: the global batch has another size, or the data or seed is another.
+        Warns if that is not exact: the global batch has another size, or an epoch another order.
         """
-        for name in ("num_samples", "seed"):
-            if state[name] != getattr(self, name):
+        for name, value in self._order().items():
+            if state.get(name, value) != value:
                 _LOG.warning(
                     "%s was %s and is %s: the rest of epoch %d is drawn in another order",
-                    *(name, state[name], getattr(self, name), state["epoch"]),
+                    *(name, state[name], value, state["epoch"]),
                 )
         again = state["images"] % self.global_batch
         if again:
@@ -109,6 +105,13 @@ class TrainBatchSampler(Sampler[list[Key]]):
         start = min(state["images"] // self.global_batch, self.num_batches)
         self.set_position(state["epoch"], start)
         return self.epoch, self.start_batch
+
+    def _order(self) -> dict[str, int]:
+        """What the order of an epoch depends on."""
+        shards = self.world_size if self.fixed_shards else 1
+        return dict(
+            num_samples=self.num_samples, seed=self.seed, repeats=self.repeats, shards=shards
+        )
 
     def indices(self) -> range:
         """All images that this process can draw, in any epoch."""

@@ -139,6 +139,27 @@ def test_real_labels_that_do_not_fit_are_refused(tmp_path, content, message):
         open_set(f"imagenet_real={labels}", ["ant", "bee"], validation_images(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "TEST.SETS imagenet_real: there is no file"),
+        ("[[0], [1]", ValueError, "TEST.SETS imagenet_real: .* cannot be read"),
+        ('{"0": 1}', ValueError, "must be a list with a list of labels per image"),
+    ],
+)
+def test_a_file_of_real_labels_that_is_none_is_named(tmp_path, content, error, message):
+    labels = tmp_path / "real.json"
+    if content is not None:
+        labels.write_text(content)
+    with pytest.raises(error, match=message):
+        open_set(f"imagenet_real={labels}", ["ant", "bee"], validation_images(tmp_path))
+
+
+def test_a_set_without_class_folders_is_named_as_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"TEST\.SETS: .*<class>/<image>"):
+        folder_labels(tmp_path, ["ant", "bee"])
+
+
 def test_timms_copy_of_the_real_labels_is_at_hand(tmp_path):
     found = open_set("imagenet_real", SYNSETS, validation_images(tmp_path))
     assert 1 <= len(found.parts[""]) <= 4

@@ -254,3 +254,27 @@ def test_a_scheduled_weight_decay_is_logged_and_exact_after_resuming(tmp_path, m
         step + 1: 0.5 + (0.05 - 0.5) * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)
     }
     assert logged == pytest.approx(expected)
+
+
+def test_the_linear_probe_trains_alike_whatever_recipe_comes_before_it(tmp_path):
+    probe, trainings = tmp_path / "probe.yaml", {}
+    for variant in (
+        "deit/deit_small_patch16_224", "dfformer/dfformer_s18", "dilateformer/dilateformer_tiny",
+        "dfvt/dfvt_tiny", "dhvt/dhvt_tiny_cifar_patch4", "swin/swin_tiny_patch4_window7_224",
+        "evit/evit_small_r07_fuse", "dge/deit_dge_s124_small_patch16_256",
+    ):  # fmt: skip
+        files = [str(CONFIG_DIR / f"{name}.yaml") for name in (variant, "_base_/linear_probe")]
+        probe.write_text(f"BASE: {files}\n")
+        config = load_config(probe)
+        assert not config.TRAIN.EMA.ENABLE
+        assert config.MODEL.EVIT.SHRINK_EPOCHS == 0
+        config.defrost()
+        del config.TRAIN["EMA"]  # what is off may differ
+        trainings[variant] = (config.TRAIN, config.AUG, config.MODEL.DROP_PATH_RATE)
+    for variant, training in trainings.items():
+        assert training == trainings["deit/deit_small_patch16_224"], variant
+
+
+def test_commands_in_headers_are_whole():
+    for path in CONFIG_DIR.rglob("*.yaml"):
+        assert "# \\" not in path.read_text().splitlines(), path

@@ -167,6 +167,11 @@ def rate(loader: Any, device: torch.device) -> float:
             start = time.perf_counter()
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    if not images:
+        raise ValueError(
+            "an epoch has a single batch here, and speed is measured from the second one on: lower "
+            "DATA.BATCH_SIZE"
+        )
     return images / (time.perf_counter() - start)
 
 

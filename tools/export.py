@@ -313,7 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    logging.getLogger("mixlab").setLevel(logging.INFO)  # alone: the ONNX exporter logs every node
+    for package in ("modes", "models"):  # alone: the ONNX exporter logs every node
+        logging.getLogger(package).setLevel(logging.INFO)
     flags = {"MODEL.RESUME": args.resume} if args.resume else {}
     try:
         config = load_config(args.cfg, args.opts, flags)

@@ -224,7 +224,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 def main(argv: Sequence[str] | None = None) -> None:
     parser, args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    logging.getLogger("mixlab").setLevel(logging.INFO)
+    for package in ("modes", "models"):  # which weights were loaded, and how they fit
+        logging.getLogger(package).setLevel(logging.INFO)
     given = {
         "MODEL.RESUME": args.resume,
         "MODEL.PRETRAINED": args.pretrained,
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_is_classifier(config, "features are what a classifier reads")
         device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
         loaders = {
-            split: build_loader(config, "val", dataset=build_dataset(config, split))
+            split: build_loader(config, "val", device=device, dataset=build_dataset(config, split))
             for split in ("train", "val")
         }
         num_classes = len(loaders["val"].classes)

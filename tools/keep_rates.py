@@ -36,14 +36,14 @@ def measure(config: Any, rates: Sequence[float]) -> list[dict[str, float]]:
     runtime = init_distributed(config.DEVICE)
     amp = Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     source = source_of(config, "eval", output_dir(config) / "checkpoints" / "last.pth")
-    data = build_data(config, splits=("val",))
+    data = build_data(config, splits=("val",), device=runtime.device)
     model = build_placed(config, data.num_classes, runtime.device)
     if not hasattr(model, "set_keep_rate"):
         raise ValueError(
             f"MODEL.TYPE='{config.MODEL.TYPE}' keeps all tokens; keep rates are those of evit, and of mixers "
             "of metaformer with keep_rate"
         )
-    load_weights(config, model, source)
+    load_weights(config, model, source, data.classes)
     task = build_task(config, data.num_classes)
     records = []
     for rate in rates:

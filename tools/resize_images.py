@@ -50,6 +50,7 @@ def resize_tree(
 
     Raises:
         FileNotFoundError: there is no such folder.
+        OSError: a file cannot be written, or copied; what was done stays.
         ValueError: one folder lies in the other, or a number is out of its range.
     """
     source, target = Path(source), Path(target)
@@ -92,35 +93,38 @@ def _convert(source: Path, target: Path, side: int, quality: int, name: Path) ->
     if result.exists():
         return "kept", ""
     result.parent.mkdir(parents=True, exist_ok=True)
+    reduced = None
+    if name.suffix.lower() in SUFFIXES:
+        try:
+            reduced = _reduced(path, side)
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            return "damaged", f"{type(error).__name__}: {error}"
     temporary = result.with_name(f".{result.name}.{os.getpid()}")
     try:
-        if name.suffix.lower() in SUFFIXES and _resize(path, temporary, side, quality):
-            outcome = "resized"
-        else:
+        if reduced is None:
             shutil.copyfile(path, temporary)
-            outcome = "copied"
+        else:
+            image, stored_as = reduced
+            image.save(temporary, stored_as, quality=quality)
         os.replace(temporary, result)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        return "damaged", f"{type(error).__name__}: {error}"
     finally:
         temporary.unlink(missing_ok=True)
-    return outcome, ""
+    return "copied" if reduced is None else "resized", ""
 
 
-def _resize(path: Path, temporary: Path, side: int, quality: int) -> bool:
-    """Write the reduced image; False if it is small enough as it is. Damaged ones raise what PIL raises."""
+def _reduced(path: Path, side: int) -> tuple[Image.Image, str | None] | None:
+    """The reduced image and its format; None if it is small enough. Damaged ones raise what PIL raises."""
     with Image.open(path) as image:
         image.load()  # also of images that are copied: damaged ones must be found
         if min(image.size) <= side:
-            return False
+            return None
         scale = side / min(image.size)
         size = tuple(max(side, round(scale * length)) for length in image.size)
         plain = image if image.mode in MODES else image.convert("RGB")
         reduced = plain.resize(size, Image.Resampling.BICUBIC)
         # Neither EXIF nor colour profiles: loaders look at neither, and PIL has not applied them.
         reduced.info.clear()
-        reduced.save(temporary, image.format, quality=quality)
-    return True
+        return reduced, image.format
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = resize_tree(
             args.source, args.target, args.side, quality=args.quality, workers=args.workers
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # the folders, the numbers, or what cannot be written
         parser.error(str(error))
     print("\n".join(_lines(report)))
     if args.report:

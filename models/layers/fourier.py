@@ -390,8 +390,8 @@ def _multiplicity(n: int) -> Tensor:
 def _dft_basis(like: Tensor, n: int) -> Tensor:
     """(2 * (n//2 + 1), n): rows of cosines, then of sines, orthonormal, in the type of `like`."""
     key = (n, like.dtype, like.device)
-    if key in _BASES:
-        return _BASES[key]
+    if (kept := _BASES.get(key)) is not None:
+        return kept
     if torch.compiler.is_compiling():  # nothing is kept, and exporters cannot save the contexts
         return _make_dft_basis(*key)
     # An inference tensor in the table could not be used by a later training step.

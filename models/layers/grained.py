@@ -238,8 +238,8 @@ def _layout(
 ) -> Layout:
     """Made once per size; all blocks of a stage share it."""
     key = (size, region, steps, extra, device)
-    if key in _LAYOUTS:
-        return _LAYOUTS[key]
+    if (kept := _LAYOUTS.get(key)) is not None:
+        return kept
     # Inference tensors kept here could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
         layout = _make_layout(*key)

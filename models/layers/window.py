@@ -174,7 +174,7 @@ class Windowed(nn.Module):
         self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._cache: tuple[Any, Tensor] | None = None
+        self._cache: tuple[Any, Tensor, list[Tensor]] | None = None
 
     def bias_sources(self) -> list[Tensor]:
         """The parameters that `relative_bias` reads."""
@@ -261,12 +261,15 @@ class Windowed(nn.Module):
             return self._build_additive(grid, masked, mask, like)
         versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
         key = (grid, like.dtype, like.device, versions)
-        if self._cache is not None and self._cache[0] == key:
-            return self._cache[1]
+        kept = self._cache  # read once: another thread may replace it
+        if kept is not None and kept[0] == key:
+            return kept[1]
         bias = self._build_additive(grid, masked, mask, like)
         # Only plain tensors: those of a fake or functional mode must not outlive it.
         fits = type(bias) is Tensor and bias.numel() * bias.element_size() <= CACHE_LIMIT
-        self._cache = (key, bias) if fits else None
+        # The sources stay alive, so that no other table can come to lie at their addresses.
+        alive = [tensor.detach() for tensor in sources]
+        self._cache = (key, bias, alive) if fits else None
         return bias
 
     def _build_additive(

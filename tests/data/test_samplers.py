@@ -107,6 +107,28 @@ def test_a_saved_position_that_cannot_be_kept_exactly_warns(caplog):
     assert "2 images are seen again" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (dict(fixed_shards=True), dict(world_size=2), "shards was 1 and is 2"),
+        (dict(repeats=3), dict(), "repeats was 3 and is 1"),
+    ],
+)
+def test_a_saved_position_in_an_epoch_of_another_order_warns(before, after, message, caplog):
+    """Zip files whose images each process keeps; repeated augmentation switched off."""
+    state = TrainBatchSampler(96, 8, **before).state(next_batch=2)
+    with caplog.at_level(logging.WARNING):
+        TrainBatchSampler(96, 4, **(before if after else {}), **after).load_state(state)
+    assert message in caplog.text
+
+
+def test_positions_of_older_checkpoints_are_taken_as_they_are(caplog):
+    state = TrainBatchSampler(96, 8, repeats=3).state(next_batch=2)
+    del state["repeats"], state["shards"]
+    assert TrainBatchSampler(96, 8, repeats=3).load_state(state) == (0, 2)
+    assert not caplog.records
+
+
 def test_repeated_augmentation_spreads_the_copies_of_an_image_over_the_processes():
     samplers = [TrainBatchSampler(300, 8, rank=r, world_size=3, repeats=3) for r in range(3)]
     epochs = [[key for batch in sampler for key in batch] for sampler in samplers]

@@ -110,6 +110,16 @@ def test_nothing_half_written_stays_behind(tree, tmp_path, monkeypatch):
     assert names(tmp_path / "target") == []
 
 
+def test_a_full_disk_is_not_a_damaged_image(tree, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit):
+        resize_images.main([str(tree), str(tmp_path / "t"), "--side", "40", "--workers", "0"])
+    assert "No space left on device" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("target", "side", "quality", "message"),
     [("source", 40, 90, "must lie outside"), ("source/small", 40, 90, "must lie outside"),

@@ -204,7 +204,7 @@ def ema_step(module, other):
         lambda module, other: module.load_state_dict(other.state_dict(), assign=True),
         ema_step,
         lambda module, other: [p.mul_(2) for p in module.parameters()],
-        lambda module, other: module.double().float(),
+        lambda module, other: module.bfloat16().float(),
         lambda module, other: [setattr(p, "data", p * 2) for p in module.parameters()],
         lambda module, other: [p.data.mul_(2) for p in module.eval().parameters()],
     ],
