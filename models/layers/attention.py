@@ -109,7 +109,12 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out = ctx.saved_tensors
+        dtypes = [tensor.dtype for tensor in ctx.saved_tensors[:4]]
+        # In float32 at least, as the kernel has its logits and sums.
+        q, k, v, bias, out, grad = (
+            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            for tensor in (*ctx.saved_tensors, grad)
+        )
         probs = (q @ k.transpose(-2, -1)).mul_(ctx.scale).add_(bias).softmax(-1)
         grad_v = probs.transpose(-2, -1) @ grad
         # The softmax's gradient: what each logit gets, less the mean over its row.
@@ -118,7 +123,8 @@ class _BiasedAttention(torch.autograd.Function):
         grad_bias = grad_logits.sum_to_size(bias.shape)
         grad_q = (grad_logits @ k).mul_(ctx.scale)
         grad_k = (grad_logits.transpose(-2, -1) @ q).mul_(ctx.scale)
-        return grad_q, grad_k, grad_v, grad_bias, None
+        grads = (grad_q, grad_k, grad_v, grad_bias)
+        return *(part.to(dtype) for part, dtype in zip(grads, dtypes, strict=True)), None
 
 
 def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:

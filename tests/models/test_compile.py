@@ -1,10 +1,13 @@
 """torch.compile sees every model as one graph, and makes at most one more for other numbers of images."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
 from models import create_model
+from models.folding import fold_batch_norms
 from models.layers.grained import Router, set_dense_evaluation
 from tests.small_models import SMALL
 
@@ -44,6 +47,18 @@ def test_a_model_is_one_graph_for_any_number_of_images(family):
         x = torch.randn(batch, 3, overrides["img_size"], overrides["img_size"])
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
     assert backend.graphs <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+@pytest.mark.parametrize("family", ["dhvt", "dfvt"])
+@torch.no_grad()
+def test_what_inductor_makes_of_a_deployed_model_equals_it(family):
+    name, overrides = SMALL[family]
+    model = create_model(name, num_classes=10, **overrides).eval()
+    x = torch.randn(2, 3, overrides["img_size"], overrides["img_size"])
+    run = torch.compile(fold_batch_norms(model), fullgraph=True)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

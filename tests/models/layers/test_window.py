@@ -298,3 +298,18 @@ def test_attention_with_a_learned_bias_has_the_gradients_of_the_formula(bias_sha
         torch.autograd.grad(out, inputs, direction),
         torch.autograd.grad(expected, inputs, direction),
     )
+
+
+def test_a_learned_bias_in_bfloat16_gets_the_gradient_of_the_formula_in_float32():
+    """It sums over all windows: what each of them rounds away adds up."""
+    inputs = [torch.randn(64, 2, 9, 4) for _ in range(3)] + [torch.randn(1, 2, 9, 9)]
+    inputs = [x.bfloat16().requires_grad_() for x in inputs]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    q, k, v, bias = wide
+    expected = (0.5 * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    direction = torch.randn_like(expected).bfloat16()
+    gradients = torch.autograd.grad(biased_attention(*inputs, 0.5), inputs, direction)
+    references = torch.autograd.grad(expected, wide, direction.float())
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - reference).norm() < 5e-3 * reference.norm()
