@@ -280,6 +280,26 @@ def test_models_can_run_in_processes_of_their_own(tmp_path, monkeypatch):
     assert "3 rounds in each of 2 processes per model and baseline" in table
 
 
+def test_a_race_that_fails_leaves_the_others(monkeypatch, capsys):
+    row = dict(model="b", mode="train", seconds_per_pass=[1.0], latencies_s=[], peak_memory_mib=1)
+    cost = dict(gmacs=1, fft_gmacs=0, layer_outputs_m=1, params_m=1)
+    machine = dict(tflop_per_s=1, gb_per_s=1)
+    part = dict(
+        machine=machine, run=dict(rounds=1, load_average_after=0), costs=dict(b=cost), rows=[row]
+    )
+    parts = dict(a=None, b=part)
+    monkeypatch.setattr(run, "_race_alone", lambda argv, entry, minutes: parts[entry])
+    args = run.make_parser().parse_args(
+        ["--models", "a", "b", "--processes", "2", "--device", "cpu"]
+    )
+    (found,) = run.measure_apart([], args)["rows"]
+    assert (found["model"], found["seconds_per_pass"]) == ("b", [1.0, 1.0])
+    assert "a: failed, and is left out" in capsys.readouterr().out
+    parts["b"] = None
+    with pytest.raises(RuntimeError, match=r"none of \['a', 'b'\] could be timed"):
+        run.measure_apart([], args)
+
+
 def test_rounds_of_several_processes_are_pooled():
     parts = [
         dict(

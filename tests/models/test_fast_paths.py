@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.layers import eager, kernels, linear
+from models.folding import fold_batch_norms
+from models.layers import activations, attention, eager, kernels, linear, window
 from models.layers.fourier import set_fourier_way
 from models.layers.grained import set_dense_evaluation
 from tests.golden_tools import Golden, relative_error
@@ -25,13 +26,27 @@ NAMES = (
 )
 
 
+def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """What the fused kernel computes, term by term."""
+    assert not dropout_p
+    assert not is_causal
+    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (logits if attn_mask is None else logits + attn_mask).softmax(-1) @ v
+
+
 @pytest.fixture(params=["on", "off", "compiled"])
 def paths(request, monkeypatch):
-    """Every choice that depends on machine, size or mode, forced one way."""
+    """Every choice that depends on machine, size or mode, forced one way; off, no fused kernel either."""
     on = request.param != "off"
     monkeypatch.setattr(linear, "_convolves", lambda: on)
     monkeypatch.setattr(eager, "PIECE", 2**14 if on else 2**40)
     monkeypatch.setattr(kernels, "enabled", on)
+    if not on:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain_attention)
+        monkeypatch.setattr(attention, "eager_on_cpu", lambda x: False)
+        for module in (eager, activations):
+            monkeypatch.setattr(module, "may_overwrite", lambda x: False)
+        monkeypatch.setattr(window.Windowed, "_additive", window.Windowed._build_additive)
     torch.compiler.reset()
     yield request.param
     torch.compiler.reset()
@@ -46,7 +61,10 @@ def test_published_logits_whatever_path_is_taken(name, paths):
     set_fourier_way(model, "fft" if paths == "off" else "matmul")
     # Packed rows are as many as the images ask for: compiled graphs compute all queries.
     set_dense_evaluation(model, paths != "on")
-    run = torch.compile(model.eval(), backend="eager") if paths == "compiled" else model.eval()
+    run = model.eval() if paths == "off" else fold_batch_norms(model)
+    if paths == "compiled":
+        run = torch.compile(run, backend="eager")
     with torch.no_grad():
+        run(golden.images[:1])  # what is kept from one pass to the next serves the second
         logits = run(golden.images)
     assert relative_error(logits, golden.arrays["logits"]) < 1e-4
