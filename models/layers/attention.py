@@ -109,11 +109,11 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dtypes = [tensor.dtype for tensor in ctx.saved_tensors[:4]]
+        saved = ctx.saved_tensors  # once: recomputed activations are given out once
+        dtypes = [tensor.dtype for tensor in saved[:4]]
         # In float32 at least, as the kernel has its logits and sums.
         q, k, v, bias, out, grad = (
-            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            for tensor in (*ctx.saved_tensors, grad)
+            tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (*saved, grad)
         )
         probs = (q @ k.transpose(-2, -1)).mul_(ctx.scale).add_(bias).softmax(-1)
         grad_v = probs.transpose(-2, -1) @ grad

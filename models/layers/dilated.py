@@ -100,10 +100,8 @@ def dilated_attention(
     key 0 and value 0: it takes its share of the softmax and contributes nothing (no mask).
     """
     args = (num_heads, kernel_size, tuple(dilation), scale)
-    # Without gradients the compiler fuses the passes of the plain code.
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        if torch.compiler.is_compiling():
-            return _compiled_attention(qkv, num_heads, kernel_size, list(dilation), scale)[0]
+    # The compiler fuses the passes of the plain code, and would specialise the function on each batch size.
+    if torch.is_grad_enabled() and qkv.requires_grad and not torch.compiler.is_compiling():
         return _DilatedAttention.apply(qkv, *args)
     return _forward(qkv, *args)[0]
 
@@ -125,57 +123,6 @@ class _DilatedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, *probs = ctx.saved_tensors
         return _backward(grad, qkv, probs, *ctx.args), None, None, None, None
-
-
-# The same for the compiler, which would specialise an autograd function on each batch size.
-@torch.library.custom_op("mixlab::dilated_attention", mutates_args=())
-def _compiled_attention(
-    qkv: Tensor, heads: int, kernel: int, dilation: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Weighted values, and the probabilities (B, heads, k * k, H, W)."""
-    out, probs = _forward(qkv, heads, kernel, tuple(dilation), scale)
-    return out, torch.cat(probs, dim=1)
-
-
-@_compiled_attention.register_fake
-def _(
-    qkv: Tensor, heads: int, kernel: int, dilation: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, channels, *size = qkv.shape
-    out = qkv.new_empty(batch, channels // 3, *size)
-    return out, qkv.new_empty(batch, heads, kernel**2, *size)
-
-
-@torch.library.custom_op("mixlab::dilated_attention_backward", mutates_args=())
-def _compiled_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    probs: Tensor,
-    heads: int,
-    kernel: int,
-    dilation: list[int],
-    scale: float,
-) -> Tensor:
-    """Gradient of qkv."""
-    parts = list(probs.split(heads // len(dilation), dim=1))
-    return _backward(grad, qkv, parts, heads, kernel, tuple(dilation), scale)
-
-
-@_compiled_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, *ctx.args = inputs
-    ctx.save_for_backward(qkv, output[1])
-
-
-def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return _compiled_backward(grad, *ctx.saved_tensors, *ctx.args), None, None, None, None
-
-
-_compiled_attention.register_autograd(_gradient, setup_context=_setup_context)
 
 
 def _forward(

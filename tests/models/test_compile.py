@@ -8,7 +8,6 @@ from torch import nn
 
 from models import create_model
 from models.folding import fold_batch_norms
-from models.layers.dilated import DilatedAttention
 from models.layers.grained import Router, set_dense_evaluation
 from tests.small_models import SMALL
 
@@ -52,7 +51,7 @@ def test_a_model_is_one_graph_for_any_number_of_images(family):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
-@pytest.mark.parametrize("family", ["dhvt", "dfvt"])
+@pytest.mark.parametrize("family", ["dhvt"])
 @torch.no_grad()
 def test_what_inductor_makes_of_a_deployed_model_equals_it(family):
     name, overrides = SMALL[family]
@@ -102,26 +101,3 @@ def test_training_with_dilated_attention_is_one_graph_for_any_number_of_images()
     for batch in (4, 3, 2, 5):
         run(torch.randn(batch, 3, overrides["img_size"], overrides["img_size"])).sum().backward()
     assert backend.graphs <= 2
-
-
-@pytest.mark.parametrize("dilation", [(1, 2), (3,)])
-def test_compiled_dilated_attention_has_the_gradients_of_the_eager_one(dilation):
-    module = DilatedAttention(8, 2 * len(dilation), dilation=dilation)
-    run = torch.compile(module, backend="aot_eager", fullgraph=True)
-    for batch in (2, 3):
-        x = torch.randn(batch, 5, 6, 8, requires_grad=True)
-        inputs = (x, *module.parameters())
-        direction = torch.randn(batch, 5, 6, 8)
-        torch.testing.assert_close(
-            torch.autograd.grad(run(x), inputs, direction),
-            torch.autograd.grad(module(x), inputs, direction),
-        )
-
-
-def test_the_compilers_dilated_attention_is_a_sound_operator():
-    qkv = torch.randn(2, 24, 5, 6, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.mixlab.dilated_attention,
-        (qkv, 4, 3, [1, 2], 0.5),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
