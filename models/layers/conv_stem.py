@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import GELU
@@ -53,7 +54,27 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values = self.proj[0][0].out_channels * x.shape[2] * x.shape[3] // 4
+        x = x.contiguous(memory_format=torch.channels_last)
         return in_pieces_if_idle(self, self._layers, x, values)
 
     def _layers(self, x: Tensor) -> Tensor:
-        return self.post_affine(self.proj(self.pre_affine(x)))
+        (conv, *others), *rest = self.proj
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = self._affine_convolution(conv, x)
+        else:
+            x = conv(self.pre_affine(x))
+        for layer in (*others, *rest):
+            x = layer(x)
+        return self.post_affine(x)
+
+    def _affine_convolution(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """conv(pre_affine(x)), with the affine map as part of the weights.
+
+        Training then needs no gradient of the largest map there is. The offset is the weight of one more
+        channel, of ones, since the border around the image is 0 and not the offset.
+        """
+        alpha, beta = self.pre_affine.alpha, self.pre_affine.beta
+        weight = torch.cat([conv.weight * alpha, (conv.weight * beta).sum(1, keepdim=True)], dim=1)
+        ones = x.new_ones(1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
+        x = torch.cat([x, ones], dim=1).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, stride=conv.stride, padding=conv.padding)

@@ -124,6 +124,26 @@ def test_stem_rounds_up_and_ends_without_activation_but_for_patch_2(patch_size):
     assert isinstance(stem.proj[-1], nn.GELU) == (patch_size == 2)
 
 
+@pytest.mark.parametrize("of_images", [False, True])
+@pytest.mark.parametrize("patch_size", [2, 8])
+def test_stem_has_the_gradients_of_its_definition(patch_size, of_images):
+    """In training the affine map is part of the first convolution; its offset ends at the border."""
+    stem = fill_module_(ConvStem(16, patch_size)).double().train()
+    with torch.no_grad():
+        stem.pre_affine.beta.fill_(3.0)
+    images = torch.randn(2, 3, 33, 18, dtype=torch.double, requires_grad=of_images)
+    sources = [*stem.parameters(), *[images] * of_images]
+    x = stem.pre_affine.alpha * images + stem.pre_affine.beta
+    expected = stem.post_affine(stem.proj(x))
+    direction = torch.randn_like(expected)
+    y = stem(images)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, sources, direction),
+        torch.autograd.grad(expected, sources, direction),
+    )
+
+
 @pytest.mark.parametrize("patch_size", [0, 1, 6, 64])
 def test_stem_names_the_patch_sizes_that_it_has(patch_size):
     with pytest.raises(ValueError, match="power of two"):
