@@ -13,12 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import eager_on_cpu
 
 # Below, setting up the convolution costs more than it saves.
 _MIN_ROWS = 64
+
+# Up to here MKL makes the gradient of the weight. oneDNN has it in a layout of its own and copies it, so that
+# a large one is there twice, which was the peak of a step of DFvT-S: 467 MiB, 457 without the copy.
+_FEW_ROWS = 512
 
 
 class Linear(nn.Linear):
@@ -34,6 +39,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return _linear(x, weight, bias)
+    if torch.is_grad_enabled() and weight.requires_grad and _has_few_rows(x):
+        return _LinearOfFewRows.apply(x, weight, bias)
     return _convolve(x, weight, bias)
 
 
@@ -45,6 +52,48 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _as_image(x: Tensor) -> Tensor:
     """(..., C) -> (1, C, 1, N): rows are the positions of one channels-last image, so nothing is copied."""
     return x.contiguous().view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    return x.numel() <= _FEW_ROWS * x.shape[-1]
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias, those that are `needed`."""
+    few = _has_few_rows(x)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        _as_image(grad),
+        _as_image(x),
+        weight[:, :, None, None],
+        [len(weight)],  # shape of the bias
+        *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),  # a plain 1x1 convolution
+        [needed[0], needed[1] and not few, needed[2] and not few],
+    )
+    if needed[0]:
+        grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.shape)
+    if few:
+        rows = grad.flatten(0, -2)
+        grad_weight = rows.t() @ x.flatten(0, -2) if needed[1] else None
+        grad_bias = rows.sum(0) if needed[2] else None
+    elif needed[1]:
+        grad_weight = grad_weight[:, :, 0, 0]
+    return grad_x, grad_weight, grad_bias
+
+
+class _LinearOfFewRows(torch.autograd.Function):
+    """`_convolve` with the gradient of its weight by MKL."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
 # An operator of its own for the compiler: it gives axes of length 1 any stride, 0 too, and then PyTorch's
@@ -62,16 +111,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("mixlab::linear_backward", mutates_args=(), device_types="cpu")
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    grads = torch.ops.aten.convolution_backward(
-        _as_image(grad),
-        _as_image(x),
-        weight[:, :, None, None],
-        [len(weight)],  # shape of the bias
-        *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),  # a plain 1x1 convolution
-        [True, True, True],
-    )
-    grad_x, grad_weight, grad_bias = grads
-    return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight[:, :, 0, 0], grad_bias
+    return _gradients(grad, x, weight, (True, True, True))
 
 
 @_linear_backward.register_fake

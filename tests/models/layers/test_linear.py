@@ -33,7 +33,7 @@ def strided(x):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", [torch.clone, strided])
-@pytest.mark.parametrize("shape", [(64, 24), (2, 9, 7, 24)])
+@pytest.mark.parametrize("shape", [(64, 24), (2, 9, 7, 24), (6, 10, 9, 24)])
 def test_a_convolution_gives_the_values_and_gradients_of_f_linear(shape, layout, bias, onednn):
     layer = Linear(24, 40, bias=bias)
     inputs = [layout(torch.randn(shape)).requires_grad_(), *layer.parameters()]
@@ -78,10 +78,24 @@ def test_an_exported_program_has_a_linear_layer(onednn):
     assert not onednn
 
 
+@pytest.mark.parametrize("rows", [100, 600])
+def test_frozen_parts_get_no_gradient(rows, onednn):
+    layer, x = Linear(24, 40), torch.randn(rows, 24, requires_grad=True)
+    for frozen in (layer.weight, layer.bias, x):
+        frozen.requires_grad_(False)
+        wanted = [t for t in (x, *layer.parameters()) if t is not frozen]
+        got = torch.autograd.grad(layer(x).square().sum(), wanted)
+        expected = F.linear(x, layer.weight, layer.bias).square().sum()
+        torch.testing.assert_close(got, torch.autograd.grad(expected, wanted))
+        frozen.requires_grad_()
+    assert onednn
+
+
+@pytest.mark.parametrize("images", [4, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_compiled_layer_takes_the_same_library(bias, onednn):
+def test_a_compiled_layer_takes_the_same_library(bias, images, onednn):
     torch.compiler.reset()
-    layer, x = Linear(24, 40, bias=bias), torch.randn(4, 25, 24, requires_grad=True)
+    layer, x = Linear(24, 40, bias=bias), torch.randn(images, 25, 24, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     inputs = [x, *layer.parameters()]
     out, expected = compiled(x), F.linear(*inputs)
