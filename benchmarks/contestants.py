@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.literal import literal
 from config import load_config
-from models import create_model, variant_file
+from models import Backbone, create_model, variant_file
 from models.folding import fold_batch_norms
 from models.layers.grained import GrainedQueries, Router
 from models.layers.tokens import to_pair
@@ -27,6 +27,7 @@ class Contestant:
     """A model in the race, with what was measured: seconds of each round by mode.
 
     Attributes:
+        recomputing_memory_mib: of a training step with gradient checkpointing.
         model: what a training step runs.
         deployed: what inference runs, the same module unless batch norms are folded; None takes `model`.
     """
@@ -43,6 +44,7 @@ class Contestant:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     memory_mib: dict[str, float] = field(default_factory=dict)
+    recomputing_memory_mib: float | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -54,6 +56,15 @@ class Contestant:
         if mode == "train" or self.deployed is None:
             return self.model.train(mode == "train")
         return self.deployed.eval()
+
+
+def recomputing(contestant: Contestant) -> Contestant | None:
+    """The same with gradient checkpointing, for models of ours that are not compiled."""
+    if contestant.compiled or not contestant.is_ours or not isinstance(contestant.model, Backbone):
+        return None
+    twin = Contestant(contestant.name, copy.deepcopy(contestant.model), contestant.size)
+    twin.model.set_grad_checkpointing()
+    return twin
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.contestants import Contestant, Pass, Setting, make_pass
+from benchmarks.contestants import Contestant, Pass, Setting, make_pass, recomputing
 from models.layers.linear import linear
 
 # A turn lasts at least this long; short passes are repeated in it.
@@ -51,9 +51,11 @@ def race(
                 run()
             second = setting.clock(run)
             contestant.passes[mode] = max(1, math.ceil(TURN_S / second))
-            contestant.model.zero_grad(set_to_none=True)  # gradients count as the step's own
-            contestant.memory_mib[mode] = peak_memory(run, setting.device)
-            contestant.model.zero_grad(set_to_none=True)
+            contestant.memory_mib[mode] = _memory_of(contestant, run, setting)
+            if mode == "train" and (lean := recomputing(contestant)) is not None:
+                lean_run = make_pass(lean, mode, setting)
+                lean_run()  # what is kept from then on, such as tables, is not the step's
+                contestant.recomputing_memory_mib = _memory_of(lean, lean_run, setting)
             contestant.seconds[mode] = []
             round_s += second * contestant.passes[mode]
             say(f"{contestant.name}, {mode}: {second:.3g} s per pass of {setting.batch_size}")
@@ -77,6 +79,14 @@ def race(
                 contestant.model.zero_grad(set_to_none=True)
     _time_latencies(contestants, setting, latency_passes)
     return rounds
+
+
+def _memory_of(contestant: Contestant, run: Pass, setting: Setting) -> float:
+    """`peak_memory` of a pass; the gradients of a step count as its own."""
+    contestant.model.zero_grad(set_to_none=True)
+    memory = peak_memory(run, setting.device)
+    contestant.model.zero_grad(set_to_none=True)
+    return memory
 
 
 def _time_latencies(

@@ -304,7 +304,7 @@ class DFvT(Backbone):
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H/4, W/4)."""
-        x = self.patch_embed(x)
+        x = self.run_block(self.patch_embed, x)
         if self.absolute_pos_embed is not None:
             size = (x.shape[2], x.shape[3])
             embed = resize_position_grid(self.absolute_pos_embed, 0, self.grid, size)

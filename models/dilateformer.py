@@ -221,7 +221,7 @@ class DilateFormer(Backbone):
     def _stage_outputs(self, x: Tensor) -> list[Tensor]:
         """The residual stream (B, H, W, C) at the end of each stage, the last one normalised."""
         outputs = []
-        x = self.patch_embed(x)
+        x = self.run_block(self.patch_embed, x)  # its maps are the largest
         for i, stage in enumerate(self.stages):
             x = x.permute(0, 2, 3, 1).contiguous()  # B H W C
             x = self.run_blocks(stage.blocks, x)

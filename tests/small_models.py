@@ -62,6 +62,3 @@ SMALL = {
         PYRAMID | dict(embed_dims=[16, 16, 32, 32], num_heads=[1, 1, 2, 2]),
     ),
 }
-
-# Those whose mixers benchmarks/literal.py can all write out.
-WITH_LITERAL_FORM = sorted(SMALL.keys() - {"dpvt", "deit_dge", "pvt_dge", "swin_mlp"})
