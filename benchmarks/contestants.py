@@ -49,7 +49,11 @@ class Contestant:
     @property
     def is_ours(self) -> bool:
         """Whether it is a model as MixLab deploys it, not a literal form or timm's."""
-        return self.name != TIMM_SWIN and not self.name.endswith(" (literal)")
+        return self.name != TIMM_SWIN and not self.is_literal
+
+    @property
+    def is_literal(self) -> bool:
+        return self.name.endswith(" (literal)")
 
     def prepared(self, mode: str) -> nn.Module:
         """The module of a mode, in that mode."""
@@ -80,8 +84,12 @@ class Setting:
         """Random images (B, 3, H, W) of the contestant's size, the same at each call."""
         shape = (batch_size or self.batch_size, 3, *contestant.size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.contiguous(memory_format=layout)
+        return images.contiguous(memory_format=self.layout_of(contestant))
+
+    def layout_of(self, contestant: Contestant) -> torch.memory_format:
+        """Literal forms keep PyTorch's default, as the releases do."""
+        last = self.channels_last and not contestant.is_literal
+        return torch.channels_last if last else torch.contiguous_format
 
     def synchronize(self) -> None:
         if self.device.type != "cpu":
@@ -135,6 +143,7 @@ def enter(
         if against not in ("literal", "self"):
             shared[against] = rival
     for contestant in order:
+        contestant.model.to(memory_format=setting.layout_of(contestant))
         if contestant.is_ours:
             contestant.deployed = fold_batch_norms(contestant.model)
     for contestant in order:
@@ -172,8 +181,7 @@ def _build(name: str, setting: Setting) -> Contestant:
         model = create_model(variant)
         if share:
             fix_routing(model, float(share))
-    layout = torch.channels_last if setting.channels_last else torch.preserve_format
-    return Contestant(name, model.to(setting.device, memory_format=layout), size)
+    return Contestant(name, model.to(setting.device), size)
 
 
 class FixedRouter(Router):

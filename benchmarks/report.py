@@ -84,13 +84,11 @@ def _statistics(row: dict[str, Any], batch_size: int) -> dict[str, Any]:
 def costs(contestant: Contestant) -> dict[str, Any]:
     """Parameters, multiply-adds and outputs of layers (millions of values) for one image."""
     total = count(contestant.model, (3, *contestant.size))
-    parents = {module.name.rpartition(".")[0] for module in total.modules}
-    layers = [m for m in total.modules if m.macs and m.name not in parents]
     return dict(
         params_m=total.params_m,
         gmacs=total.gmacs,
         fft_gmacs=total.fft_gmacs,
-        layer_outputs_m=sum(layer.activations for layer in layers) / 1e6,
+        layer_outputs_m=total.layer_outputs / 1e6,
         image_size=list(contestant.size),
     )
 

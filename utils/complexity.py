@@ -48,11 +48,17 @@ class ModuleCost:
 
 @dataclass(frozen=True)
 class Complexity:
-    """Costs of one forward pass in evaluation mode; `modules` lists the tree in order, root first."""
+    """Costs of one forward pass in evaluation mode; `modules` lists the tree in order, root first.
+
+    Attributes:
+        layer_outputs: elements that convolutions and linear layers put out, called as functions or not; of
+            batched products those with an offset (layers that put out planes), as attention's have none.
+    """
 
     input_shape: tuple[int, ...]
     device: str
     modules: tuple[ModuleCost, ...]
+    layer_outputs: int
 
     @property
     def params_m(self) -> float:
@@ -87,7 +93,8 @@ class Complexity:
             )
             for m in self.modules
         )
-        return Complexity((1, *self.input_shape[1:]), self.device, modules)
+        shape = (1, *self.input_shape[1:])
+        return Complexity(shape, self.device, modules, round(self.layer_outputs / images))
 
     def to_dict(self, depth: int = 2) -> dict[str, Any]:
         """Plain data for JSON: totals, and the modules down to `depth`."""
@@ -186,6 +193,23 @@ _FFT = {
 }
 
 
+def _elements(*_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return math.prod(out_shape)
+
+
+# What layers become; the counter sees the shape of each result.
+_LAYERS = dict.fromkeys(
+    (
+        torch.ops.aten.addmm,
+        torch.ops.aten.baddbmm,
+        torch.ops.aten.convolution,
+        torch.ops.aten._convolution,
+        torch.ops.aten.mm,
+    ),
+    _elements,
+)
+
+
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy of `model` without its numbers, in evaluation mode; nothing large is ever copied."""
     tensors: dict[int, Any] = {}
@@ -219,11 +243,12 @@ def _count(model: nn.Module, example: Tensor, named: nn.Module) -> Complexity:
             hooks.append(module.register_forward_pre_hook(note))
             hooks.append(module.register_forward_hook(record))
     counter = FlopCounterMode(display=False, custom_mapping=_FFT)
+    outputs = FlopCounterMode(display=False, custom_mapping=_LAYERS)
     # A model may have a faster way of its own (`Backbone.counting`); its cost must not depend on it.
     counting = getattr(model, "counting", nullcontext)
     try:
         # The plain attention is made of matrix products, which every device and version counts.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counting(), counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counting(), counter, outputs:
             model(example)
     finally:
         for hook in hooks:
@@ -244,7 +269,9 @@ def _count(model: nn.Module, example: Tensor, named: nn.Module) -> Complexity:
                 sum(n for leaf, n in sizes.items() if _inside(leaf, name)) / 2**20,
             )
         )
-    return Complexity(tuple(example.shape), example.device.type, tuple(costs))
+    by_kind = outputs.get_flop_counts().get("Global", {})
+    layer_outputs = sum(by_kind.get(kind, 0) for kind in _LAYERS)
+    return Complexity(tuple(example.shape), example.device.type, tuple(costs), layer_outputs)
 
 
 def _flops(

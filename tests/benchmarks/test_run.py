@@ -170,6 +170,15 @@ def test_inference_is_timed_without_batch_norms_and_a_step_with_them():
     assert rival.prepared("inference") is rival.prepared("train")
 
 
+def test_literal_forms_keep_the_default_layout():
+    setting = Setting(torch.device("cpu"), Amp("cpu", "float32"), 2, channels_last=True)
+    model, rival = enter(["dhvt_tiny_cifar_patch4"], "literal", setting)
+    for contestant, layout in ((model, torch.channels_last), (rival, torch.contiguous_format)):
+        kernel = contestant.prepared("train").patch_embed.proj[2][0].weight
+        assert kernel.is_contiguous(memory_format=layout)
+        assert setting.images(contestant).is_contiguous(memory_format=layout)
+
+
 def test_the_literal_form_of_another_model_can_be_the_baseline():
     setting = Setting(torch.device("cpu"), Amp("cpu", "float32"), 1, False)
     model, rival = enter(["evit_small_r07_fuse=literal:deit_small_patch16_224"], "literal", setting)

@@ -47,7 +47,24 @@ def test_products_are_counted_by_hand():
     assert cost.modules[0].activations == 8 * 16 + 128 + 5
     assert cost.modules[0].activation_mib == pytest.approx((8 * 16 + 128 + 5) * 4 / 2**20)
     assert [m.macs for m in cost.modules[1:]] == [8 * 16 * 27, 0, 128 * 5]
+    assert cost.layer_outputs == 8 * 16 + 5
     assert cost.device == "meta"
+
+
+class Called(nn.Module):
+    """Layers without modules, and products that are none."""
+
+    def forward(self, x):
+        x = F.conv2d(x, x.new_zeros(6, 3, 1, 1)).flatten(2)  # B 6 64
+        x = F.linear(x, x.new_zeros(5, 64))  # B 6 5
+        x = torch.baddbmm(x.new_zeros(1, 4, 1), x.new_zeros(1, 4, 6).expand(len(x), -1, -1), x)
+        return x @ x.transpose(1, 2)
+
+
+def test_outputs_of_layers_that_are_called_as_functions_count():
+    cost = count(Called(), torch.zeros(2, 3, 8, 8))
+    assert cost.layer_outputs == 2 * (6 * 64 + 6 * 5 + 4 * 5)
+    assert cost.per_image().layer_outputs == 6 * 64 + 6 * 5 + 4 * 5
 
 
 def test_attention_is_counted():
