@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.activations import SiLU
+from .layers.batch_norm import BatchNorm2d
 from .layers.eager import in_pieces_if_idle
 from .layers.init import init_vit_, new_classifier
 from .layers.linear import Linear
@@ -35,13 +36,13 @@ GATE_REDUCTION = 16
 
 def pointwise(in_chans: int, out_chans: int) -> list[nn.Module]:
     """1x1 convolution and batch norm."""
-    return [nn.Conv2d(in_chans, out_chans, 1, bias=False), nn.BatchNorm2d(out_chans)]
+    return [nn.Conv2d(in_chans, out_chans, 1, bias=False), BatchNorm2d(out_chans)]
 
 
 def depthwise(channels: int, stride: int = 1) -> list[nn.Module]:
     """3x3 convolution per channel and batch norm."""
     conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
-    return [conv, nn.BatchNorm2d(channels)]
+    return [conv, BatchNorm2d(channels)]
 
 
 class ConvStem(nn.Module):
@@ -55,8 +56,8 @@ class ConvStem(nn.Module):
         self.proj1 = nn.Conv2d(in_chans, half, 3, 2, 1)
         self.proj2 = nn.Conv2d(half, embed_dim, 3, 2, 1)
         # The first norm is `norm1` and the second one `norm`, as in the released weights.
-        self.norm = nn.BatchNorm2d(embed_dim) if patch_norm else nn.Identity()
-        self.norm1 = nn.BatchNorm2d(half) if patch_norm else nn.Identity()
+        self.norm = BatchNorm2d(embed_dim) if patch_norm else nn.Identity()
+        self.norm1 = BatchNorm2d(half) if patch_norm else nn.Identity()
         self.act = SiLU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from utils.spelling import choose
 from .backbone import Backbone
 from .layers.activations import GELU
 from .layers.attention import MapAttention
+from .layers.batch_norm import BatchNorm2d
 from .layers.dilated import DilatedAttention
 from .layers.eager import in_pieces_if_idle
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
@@ -53,7 +54,7 @@ class ConvStem(nn.Module):
         for i, (kernel, stride, padding) in enumerate(STEMS[patch_way]):
             layers.append(nn.Conv2d(*widths[i : i + 2], kernel, stride, padding, bias=False))
             if i < 3:
-                layers += [nn.BatchNorm2d(widths[i + 1]), GELU()]
+                layers += [BatchNorm2d(widths[i + 1]), GELU()]
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class PatchMerging(nn.Module):
         kernel, stride, padding = MERGINGS[merging_way]
         self.overlaps = padding > 0
         self.proj = nn.Sequential(
-            nn.Conv2d(dim, 2 * dim, kernel, stride, padding), nn.BatchNorm2d(2 * dim)
+            nn.Conv2d(dim, 2 * dim, kernel, stride, padding), BatchNorm2d(2 * dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import GELU
+from .batch_norm import BatchNorm2d
 from .eager import in_pieces_if_idle
 
 
@@ -46,7 +47,7 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             conv = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
-            layers += [nn.Sequential(conv, nn.BatchNorm2d(width_out)), GELU()]
+            layers += [nn.Sequential(conv, BatchNorm2d(width_out)), GELU()]
         self.pre_affine = Affine(in_chans)
         # The last convolution is linear, but the released patch-2 models activate their only one.
         self.proj = nn.Sequential(*(layers if depth == 1 else layers[:-1]))

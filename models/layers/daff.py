@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import made_inplace
+from .batch_norm import BatchNorm2d
 from .checks import hidden_width
 from .eager import add_owned, in_pieces_if_idle
 from .linear import linear
@@ -34,11 +35,11 @@ class DAFF(nn.Module):
         super().__init__()
         hidden = hidden_width(dim, ratio, "mlp_ratio")
         self.conv1 = nn.Conv2d(dim, hidden, 1)
-        self.bn1 = nn.BatchNorm2d(hidden)
+        self.bn1 = BatchNorm2d(hidden)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.bn2 = nn.BatchNorm2d(hidden)
+        self.bn2 = BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, dim, 1)
-        self.bn3 = nn.BatchNorm2d(dim)
+        self.bn3 = BatchNorm2d(dim)
         self.act = made_inplace(act())
         self.set_class_gate(class_gate)
 
