@@ -133,10 +133,16 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """Name and family: virtual machines call processors of several generations the same."""
+    path = Path("/proc/cpuinfo")
+    info: dict[str, str] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        info.setdefault(key.strip(), value.strip())
+    if "model name" not in info:
+        return platform.processor() or platform.machine()
+    family = f" (family {info['cpu family']})" if "cpu family" in info else ""
+    return info["model name"] + family
 
 
 def to_markdown(result: dict[str, Any]) -> str:

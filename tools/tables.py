@@ -126,10 +126,62 @@ def _source(architecture: str) -> str:
 
 
 def speed_block() -> str:
-    """The recorded tables of benchmarks/results, the one of the CPU in eager mode first."""
-    files = sorted(RESULTS.glob("*.md"), key=lambda path: ("eager" not in path.stem, path.stem))
-    parts = [f"`benchmarks/results/{path.stem}`: {path.read_text().strip()}\n" for path in files]
-    return "\n".join([SPEED_START, *parts, SPEED_END])
+    """The ratios of all results of benchmarks/run.py below benchmarks/results, a column for each of them."""
+    paths = sorted(RESULTS.rglob("*.json"), key=lambda path: (path.parent != RESULTS, path))
+    races = [
+        (path, result) for path in paths if "costs" in (result := json.loads(path.read_text()))
+    ]
+    parts = [SPEED_START]
+    for compiled in (False, True):
+        for mode in ("inference", "train"):
+            parts += _ratios(mode, compiled, races)
+    for path in sorted(RESULTS.glob("throughput_*.md")):
+        parts += [path.read_text().strip(), ""]
+    return "\n".join([*parts, SPEED_END])
+
+
+def _ratios(mode: str, compiled: bool, races: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Lines of one table, or none: a row for each model that has a baseline, a column for each race."""
+    columns = []
+    for path, result in races:
+        rows = {
+            (row["model"], row["baseline"]): row
+            for row in result["rows"]
+            if row["mode"] == mode and row["compiled"] == compiled and "ratio" in row
+        }
+        if rows:
+            columns.append((_race_label(path, result), rows))
+    if not columns:
+        return []
+    title = dict(inference="Inference", train="Training step")[mode]
+    lines = [
+        f"**{title}{', compiled' * compiled}**: the median ratio, and images/s of MixLab's.",
+        "",
+        f"| model | against | {' | '.join(label for label, _ in columns)} |",
+        f"|---|---|{'---:|' * len(columns)}",
+    ]
+    for pair in dict.fromkeys(pair for _, rows in columns for pair in rows):
+        cells = [
+            f"**{rows[pair]['ratio']:.2f}** ({rows[pair]['img_per_s']:.1f})" if pair in rows else ""
+            for _, rows in columns
+        ]
+        lines.append(f"| {pair[0]} | {pair[1]} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _race_label(path: Path, result: dict[str, Any]) -> str:
+    """Where a race ran and how, linked to its full table."""
+    machine, run = result["machine"], result["run"]
+    peak = machine["tflop_per_s"]
+    parts = [
+        machine.get("gpu", machine["cpu"]),
+        f"{peak:.2f} TFLOP/s",
+        f"batch {run['batch_size']}",
+    ]
+    if run["dtype"] != "float32":
+        parts.append(run["dtype"])
+    parts.append("alone" if run["processes"] else "all in one process")
+    return f"[{', '.join(parts)}]({path.with_suffix('.md').relative_to(ROOT).as_posix()})"
 
 
 def insert(text: str, block: str, start: str = START, end: str = END) -> str:

@@ -49,6 +49,33 @@ def test_the_readme_holds_the_recorded_speed():
     )
 
 
+def test_each_result_is_a_column_of_the_speed_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    row = dict(model="a", mode="train", compiled=False, baseline="b", ratio=2.0, img_per_s=3.0)
+    for folder, names, processes in ((".", "ac", 0), ("other", "a", 2)):
+        path = tmp_path / "results" / folder / "race.json"
+        path.parent.mkdir(exist_ok=True)
+        result = dict(
+            machine=dict(cpu="CPU", tflop_per_s=0.5),
+            run=dict(batch_size=8, dtype="float32", processes=processes),
+            costs={},
+            rows=[row | dict(model=name) for name in names] + [dict(row, mode="inference")],
+        )
+        del result["rows"][-1]["ratio"]  # a baseline's own row
+        path.write_text(json.dumps(result))
+    (tmp_path / "results" / "runs.json").write_text("{}")  # of another program
+    lines = tables.speed_block().splitlines()
+    assert lines[1].startswith("**Training step**")
+    assert lines[3:7] == [
+        "| model | against | [CPU, 0.50 TFLOP/s, batch 8, all in one process](results/race.md) | "
+        "[CPU, 0.50 TFLOP/s, batch 8, alone](results/other/race.md) |",
+        "|---|---|---:|---:|",
+        "| a | b | **2.00** (3.0) | **2.00** (3.0) |",
+        "| c | b | **2.00** (3.0) |  |",
+    ]
+
+
 def test_the_table_groups_the_variants_by_family():
     block = tables.to_markdown({name: COUNTS[name] for name in ("dfvt_tiny", "dfvt_base")})
     assert block.startswith(tables.START)
