@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import eager_on_cpu
@@ -91,7 +90,6 @@ class _LinearOfFewRows(torch.autograd.Function):
         return _convolve(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
 

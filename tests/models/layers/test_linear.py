@@ -79,6 +79,18 @@ def test_an_exported_program_has_a_linear_layer(onednn):
 
 
 @pytest.mark.parametrize("rows", [100, 600])
+def test_gradients_have_gradients(rows, onednn):
+    layer, x = Linear(24, 40), torch.randn(rows, 24, requires_grad=True)
+    inputs, found = (x, *layer.parameters()), []
+    for y in (layer(x), F.linear(*inputs)):
+        grads = torch.autograd.grad(y.square().mean(), inputs, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        found.append(torch.autograd.grad(penalty, inputs))
+    torch.testing.assert_close(*found)
+    assert onednn
+
+
+@pytest.mark.parametrize("rows", [100, 600])
 def test_frozen_parts_get_no_gradient(rows, onednn):
     layer, x = Linear(24, 40), torch.randn(rows, 24, requires_grad=True)
     for frozen in (layer.weight, layer.bias, x):
