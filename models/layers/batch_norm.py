@@ -30,6 +30,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             and self.training
             and torch.is_grad_enabled()
             and x.device.type == "cpu"
+            # PyTorch's layer refuses what has no variance, and knows what to do with an empty batch.
+            and x.ndim == 4
+            and x.numel() > x.shape[1]
             and self.weight is not None
             and x.dtype == self.weight.dtype == torch.float32
             and self.running_mean is not None
@@ -42,6 +45,7 @@ def _batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B, C, H, W) -> normalised map; of each channel mean, 1 / deviation, and variance without bias."""
+    x = x.contiguous(memory_format=_layout(x))
     # With a momentum of 1 these buffers become what a step adds to the running ones.
     mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
     y, _, inverse = torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)
@@ -50,7 +54,14 @@ def _batch_norm(
 
 @_batch_norm.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *(torch.empty_like(weight) for _ in range(3))
+    y = torch.empty_like(x, memory_format=_layout(x))
+    return y, *(torch.empty_like(weight) for _ in range(3))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Of a map and what is computed from it: channels-last stays, anything else becomes PyTorch's default."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @torch.library.custom_op("mixlab::batch_norm_backward", mutates_args=(), device_types="cpu")
@@ -58,8 +69,7 @@ def _batch_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    x, grad = (tensor.contiguous(memory_format=_layout(x)) for tensor in (x, grad))
     return torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
     )
@@ -69,7 +79,8 @@ def _batch_norm_backward(
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    grad_x = torch.empty_like(x, memory_format=_layout(x))
+    return grad_x, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -59,14 +59,23 @@ class ConvStem(nn.Module):
         return in_pieces_if_idle(self, self._layers, x, values)
 
     def _layers(self, x: Tensor) -> Tensor:
-        (conv, *others), *rest = self.proj
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x = self._affine_convolution(conv, x)
+        if self._trains_plainly(x):
+            (first, *others), *rest = self.proj
+            x = nn.Sequential(*others, *rest)(self._affine_convolution(first, x))
         else:
-            x = conv(self.pre_affine(x))
-        for layer in (*others, *rest):
-            x = layer(x)
+            x = self.proj(self.pre_affine(x))
         return self.post_affine(x)
+
+    def _trains_plainly(self, x: Tensor) -> bool:
+        """Whether nobody needs what lies between the affine map and the first convolution."""
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and not x.requires_grad
+            and x.is_floating_point()
+            # Pruned or normalised weights are made by a hook of the layer.
+            and isinstance(self.proj[0][0].weight, nn.Parameter)
+        )
 
     def _affine_convolution(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """conv(pre_affine(x)), with the affine map as part of the weights.
@@ -76,6 +85,6 @@ class ConvStem(nn.Module):
         """
         alpha, beta = self.pre_affine.alpha, self.pre_affine.beta
         weight = torch.cat([conv.weight * alpha, (conv.weight * beta).sum(1, keepdim=True)], dim=1)
-        ones = x.new_ones(1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
-        x = torch.cat([x, ones], dim=1).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, stride=conv.stride, padding=conv.padding)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, conv.bias, stride=conv.stride, padding=conv.padding)

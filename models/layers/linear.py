@@ -73,8 +73,8 @@ def _gradients(
     if needed[0]:
         grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.shape)
     if few:
-        rows = grad.flatten(0, -2)
-        grad_weight = rows.t() @ x.flatten(0, -2) if needed[1] else None
+        rows = grad.reshape(-1, len(weight))
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None
         grad_bias = rows.sum(0) if needed[2] else None
     elif needed[1]:
         grad_weight = grad_weight[:, :, 0, 0]
@@ -84,14 +84,33 @@ def _gradients(
 class _LinearOfFewRows(torch.autograd.Function):
     """`_convolve` with the gradient of its weight by MKL."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _convolve(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, along_x: Tensor | None, along_weight: Tensor | None, along_bias: Tensor | None
+    ) -> Tensor:
+        x, weight = ctx.saved_tensors
+        y = x.new_zeros(*x.shape[:-1], len(weight))
+        if along_x is not None:
+            y = y + F.linear(along_x, weight)
+        if along_weight is not None:
+            y = y + F.linear(x, along_weight)
+        return y if along_bias is None else y + along_bias
 
 
 # An operator of its own for the compiler: it gives axes of length 1 any stride, 0 too, and then PyTorch's
@@ -114,7 +133,8 @@ def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 @_linear_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from models import create_model
 from models.dhvt import DHVT
+from models.folding import fold_batch_norms
 from models.layers import eager
 from models.layers.conv_stem import ConvStem
 from models.layers.daff import DAFF
@@ -142,6 +144,47 @@ def test_stem_has_the_gradients_of_its_definition(patch_size, of_images):
         torch.autograd.grad(y, sources, direction),
         torch.autograd.grad(expected, sources, direction),
     )
+
+
+@pytest.mark.parametrize("mode", ["folded", "evaluation", "bytes"])
+def test_stem_in_evaluation_is_its_definition_also_with_gradients(mode):
+    stem = fill_module_(ConvStem(16, 4)).eval()
+    images = torch.randn(2, 3, 33, 18)
+    if mode == "bytes":
+        images = images.mul(50).clamp(0, 255).byte()
+    expected = stem.post_affine(stem.proj(stem.pre_affine(images)))
+    stem = fold_batch_norms(stem) if mode == "folded" else stem
+    assert relative_error(stem(images), expected.detach()) < 1e-5
+
+
+def test_stem_calls_the_hooks_of_its_layers_in_evaluation():
+    stem, called = ConvStem(16, 4).eval(), []
+    watched = [stem.pre_affine, stem.proj, stem.proj[0], stem.proj[0][0], stem.post_affine]
+    for module in watched:
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    stem(torch.randn(1, 3, 16, 16))
+    assert {id(module) for module in called} == {id(module) for module in watched}
+
+
+def test_stem_trains_with_a_pruned_convolution():
+    stem = ConvStem(16, 4).train()
+    prune.random_unstructured(stem.proj[0][0], "weight", amount=0.5)
+    for _ in range(2):
+        stem.zero_grad()
+        stem(torch.randn(2, 3, 16, 16)).square().mean().backward()
+    conv = stem.proj[0][0]
+    assert conv.weight_orig.grad[conv.weight_mask == 0].eq(0).all()
+    assert conv.weight_orig.grad.abs().sum() > 0
+
+
+def test_a_model_in_evaluation_is_exported_with_a_free_batch_also_with_gradients():
+    model = DHVT(**TINY).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},), strict=False
+    )
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("patch_size", [0, 1, 6, 64])

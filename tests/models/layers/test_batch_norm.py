@@ -60,8 +60,35 @@ def test_everywhere_else_it_is_pytorchs(training):
     assert torch.equal(torch.compile(frozen, backend="eager", fullgraph=True)(x), frozen(x))
 
 
-def test_the_operator_keeps_the_rules_of_operators():
-    inputs = (torch.randn(4, 6, 5, 7), torch.rand(6), torch.randn(6))
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 6, 1, 1), "more than 1 value per channel"), ((6, 5, 7), "expected 4D input")],
+)
+def test_compiled_training_refuses_what_pytorchs_layer_does(shape, message):
+    ours, plain = norms()
+    compiled = torch.compile(ours.train(), backend="aot_eager")
+    for norm, errors in ((compiled, (RuntimeError, ValueError)), (plain.train(), ValueError)):
+        with pytest.raises(errors, match=message):
+            norm(torch.randn(shape))
+    assert torch.equal(ours.running_mean, plain.running_mean)
+    assert torch.equal(ours.running_var, plain.running_var)
+
+
+def test_an_empty_batch_passes_and_leaves_the_statistics():
+    ours, plain = norms()
+    x = torch.randn(0, 6, 5, 7)
+    assert torch.compile(ours.train(), backend="aot_eager")(x).shape == plain.train()(x).shape
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+
+def other_axes(*shape):
+    """A map that is neither contiguous nor channels-last."""
+    return torch.randn(shape).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("made", [torch.randn, other_axes])
+def test_the_operator_keeps_the_rules_of_operators(made):
+    inputs = (made(4, 6, 5, 7), torch.rand(6), torch.randn(6))
     assert_sound(torch.ops.mixlab.batch_norm.default, (*(t.requires_grad_() for t in inputs), 1e-5))
 
 

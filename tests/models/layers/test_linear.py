@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import func, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers import linear as module
@@ -90,6 +91,50 @@ def test_gradients_have_gradients(rows, onednn):
     assert onednn
 
 
+def gradient_of_each(layer, x):
+    def loss(parameters, x):
+        return func.functional_call(layer, parameters, (x,)).square().sum()
+
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    return func.vmap(func.grad(loss), in_dims=(None, 0))(parameters, torch.stack([x, 2 * x]))
+
+
+def along_everything(layer, x):
+    inputs = (x, layer.weight.detach(), layer.bias.detach())
+    names = ("weight", "bias")
+
+    def forward(x, *parameters):
+        return func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    return func.jvp(forward, inputs, tuple(map(torch.cos, inputs)))
+
+
+def hessian_of_a_bias(layer, x):
+    def loss(bias):
+        parameters = {"weight": layer.weight, "bias": bias}
+        return func.functional_call(layer, parameters, (x,)).sin().sum()
+
+    return func.hessian(loss)(layer.bias.detach())
+
+
+def batched_gradients(layer, x):
+    y = layer(x)
+    directions = torch.stack([y.detach().cos(), y.detach().sin()])
+    return torch.autograd.grad(y, layer.weight, directions, is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func's own
+@pytest.mark.parametrize("rows", [100, 600])
+@pytest.mark.parametrize(
+    "transform", [gradient_of_each, along_everything, hessian_of_a_bias, batched_gradients]
+)
+def test_transforms_of_functions_go_through(transform, rows, onednn):
+    layer, plain, x = Linear(24, 40), nn.Linear(24, 40), torch.randn(rows, 24)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(transform(layer, x), transform(plain, x), rtol=1e-4, atol=1e-4)
+    assert onednn
+
+
 @pytest.mark.parametrize("rows", [100, 600])
 def test_frozen_parts_get_no_gradient(rows, onednn):
     layer, x = Linear(24, 40), torch.randn(rows, 24, requires_grad=True)
@@ -126,6 +171,12 @@ def test_the_operator_of_compiled_layers_keeps_the_rules_of_operators(bias):
     inputs = [torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6) if bias else None]
     inputs = [None if t is None else t.requires_grad_() for t in inputs]
     assert_sound(torch.ops.mixlab.linear.default, tuple(inputs))
+
+
+def test_gradients_of_strided_inputs_have_the_layout_that_compilers_expect():
+    inputs = (torch.randn(100, 40), strided(torch.randn(100, 24)), torch.randn(40, 24))
+    operator = torch.ops.mixlab.linear_backward.default
+    torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_flops_of_a_compiled_layer_are_counted():
