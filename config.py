@@ -25,7 +25,7 @@ from models.heads import find_head, head_entries
 from models.layers.tokens import to_pair
 from utils.sharding import check_sharding
 from utils.spelling import nearest
-from utils.wrappers import COMPILE_MODES
+from utils.wrappers import COMPILE_MODES, CUDA_GRAPH_MODES
 
 _LOG = logging.getLogger(__name__)
 
@@ -650,6 +650,16 @@ def validate(config: CfgNode) -> None:
     if config.TRAIN.LR_SCHEDULER.NAME == "multistep" and not config.TRAIN.LR_SCHEDULER.MULTISTEPS:
         raise ValueError(
             "TRAIN.LR_SCHEDULER.NAME='multistep' needs epochs in LR_SCHEDULER.MULTISTEPS"
+        )
+    if (
+        config.COMPILE
+        and config.COMPILE_MODE in CUDA_GRAPH_MODES
+        and config.TRAIN.ACCUMULATION_STEPS > 1
+    ):
+        raise ValueError(
+            f"COMPILE_MODE='{config.COMPILE_MODE}' excludes TRAIN.ACCUMULATION_STEPS="
+            f"{config.TRAIN.ACCUMULATION_STEPS}: a CUDA graph writes its gradients over those of the pass "
+            "before. Set COMPILE_MODE to 'default' or 'max-autotune-no-cudagraphs', or accumulate nothing"
         )
     if config.TRAIN.FSDP:
         check_sharding(config.TRAIN.OPTIMIZER.NAME, config.COMPILE, config.AMP_OPT_LEVEL)

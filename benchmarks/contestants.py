@@ -38,13 +38,17 @@ class Contestant:
     baseline: "Contestant | None" = None
     deployed: nn.Module | None = None
     is_baseline: bool = False
-    compiled: bool = False
+    compile_mode: str | None = None
     difference: float | None = None
     passes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
-    memory_mib: dict[str, float] = field(default_factory=dict)
+    memory_mib: dict[str, float | None] = field(default_factory=dict)
     recomputing_memory_mib: float | None = None
+
+    @property
+    def compiled(self) -> bool:
+        return self.compile_mode is not None
 
     @property
     def is_ours(self) -> bool:
@@ -87,8 +91,8 @@ class Setting:
         return images.contiguous(memory_format=self.layout_of(contestant))
 
     def layout_of(self, contestant: Contestant) -> torch.memory_format:
-        """Literal forms keep PyTorch's default, as the releases do."""
-        last = self.channels_last and not contestant.is_literal
+        """Literal forms and timm's model keep PyTorch's default, as the releases do."""
+        last = self.channels_last and contestant.is_ours
         return torch.channels_last if last else torch.contiguous_format
 
     def synchronize(self) -> None:
@@ -156,7 +160,7 @@ def enter(
         if mode := compile_baselines if is_rival else compile_models:
             for module in filter(None, (contestant.model, contestant.deployed)):
                 module.compile(mode=mode)
-            contestant.compiled = True
+            contestant.compile_mode = mode
     return order
 
 
@@ -197,12 +201,15 @@ class FixedRouter(Router):
     prob: float
     finest: int
     coarsest: int
+    choices: dict[torch.Size, Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)  # (..., S)
-        draw = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(0))
-        choice = torch.where(draw < self.prob, self.finest, self.coarsest).to(x.device)
-        return logits * 0 + nn.functional.one_hot(choice, logits.shape[-1])
+        if logits.shape not in self.choices:
+            draw = torch.rand(logits.shape[:-1], generator=torch.Generator().manual_seed(0))
+            choice = torch.where(draw < self.prob, self.finest, self.coarsest).to(x.device)
+            self.choices[logits.shape] = nn.functional.one_hot(choice, logits.shape[-1])
+        return logits * 0 + self.choices[logits.shape]
 
 
 def fix_routing(model: nn.Module, share: float) -> None:
@@ -221,6 +228,7 @@ def fix_routing(model: nn.Module, share: float) -> None:
             raise ValueError(f"@{share:g} must be between {least:g} and {most:g} of the queries")
         router = queries.router
         router.__class__ = FixedRouter
+        router.choices = {}  # made once: random numbers of the CPU would make a GPU wait at each call
         router.prob = (share - least) / (most - least)
         router.finest, router.coarsest = steps.index(min(steps)), steps.index(max(steps))
 

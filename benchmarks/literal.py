@@ -28,6 +28,7 @@ from models.layers import conv_stem as conv_stem_of_dhvt
 from models.layers import window as windows
 from models.layers.activations import GELU, SiLU, StarReLU
 from models.layers.attention import Attention, MapAttention
+from models.layers.batch_norm import BatchNorm2d
 from models.layers.daff import DAFF
 from models.layers.dilated import DilatedAttention
 from models.layers.linear import Linear
@@ -249,6 +250,7 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     SiLU: silu,
     GELU: gelu,
     Linear: linear,
+    BatchNorm2d: nn.BatchNorm2d.forward,
     Mlp: mlp,
     DAFF: daff,
     metaformer.MapDAFF: dropped_daff,

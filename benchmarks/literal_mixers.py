@@ -217,7 +217,7 @@ def grained_block(
     else:
         chosen = block.dge.select(routing.gates, size, x.shape[1] - size[0] * size[1])
         rows = candidates.flatten(0, 1)[chosen.candidates]
-        images = zip(rows.split(chosen.lengths), k, v, strict=True)
+        images = zip(rows.split(chosen.lengths.tolist()), k, v, strict=True)
     mixed = [_attend(block, queries, *keys) for queries, *keys in images]
     mixed = block.drop_path(block.attn.project(torch.cat(mixed)))
     change = mixed + block.drop_path(block.mlp(block.norm2(rows + mixed)))

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.contestants import Contestant, Pass, Setting, make_pass, recomputing
 from models.layers.linear import linear
+from utils.wrappers import CUDA_GRAPH_MODES
 
 # A turn lasts at least this long; short passes are repeated in it.
 TURN_S = 0.1
@@ -81,8 +82,13 @@ def race(
     return rounds
 
 
-def _memory_of(contestant: Contestant, run: Pass, setting: Setting) -> float:
-    """`peak_memory` of a pass; the gradients of a step count as its own."""
+def _memory_of(contestant: Contestant, run: Pass, setting: Setting) -> float | None:
+    """`peak_memory` of a pass; the gradients of a step count as its own.
+
+    None of a CUDA graph, which has what it needs since it was recorded and allocates nothing.
+    """
+    if setting.device.type == "cuda" and contestant.compile_mode in CUDA_GRAPH_MODES:
+        return None
     contestant.model.zero_grad(set_to_none=True)
     memory = peak_memory(run, setting.device)
     contestant.model.zero_grad(set_to_none=True)

@@ -1,8 +1,10 @@
 """What a run found: rows, costs, the fingerprint of the machine; as JSON, table and picture."""
 
+import copy
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,8 +16,9 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.contestants import Contestant
+from models.layers.grained import set_dense_evaluation
 from utils.checkpoint import git_revision
-from utils.complexity import count
+from utils.complexity import Complexity, count
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -41,8 +44,10 @@ def figures(contestant: Contestant, mode: str, batch_size: int) -> dict[str, Any
             baseline=rival.name,
             baseline_compiled=rival.compiled,
             baseline_seconds_per_pass=rival.seconds[mode],
-            memory_ratio=contestant.memory_mib[mode] / rival.memory_mib[mode],
         )
+        memory, of_rival = contestant.memory_mib[mode], rival.memory_mib[mode]
+        if memory is not None and of_rival is not None:
+            row["memory_ratio"] = memory / of_rival
         if contestant.difference is not None:
             row["max_logit_difference"] = contestant.difference
     return row | _statistics(row, batch_size)
@@ -54,7 +59,10 @@ def pooled(rows: Sequence[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     for key in ("seconds_per_pass", "baseline_seconds_per_pass", "latencies_s"):
         if key in row:
             row[key] = [value for part in rows for value in part[key]]
-    row["peak_memory_mib"] = max(part["peak_memory_mib"] for part in rows)
+    for key in ("peak_memory_mib", "recomputing_memory_mib", "memory_ratio"):
+        values = [part[key] for part in rows if part.get(key) is not None]
+        if values:
+            row[key] = max(values)
     return row | _statistics(row, batch_size)
 
 
@@ -82,14 +90,26 @@ def _statistics(row: dict[str, Any], batch_size: int) -> dict[str, Any]:
 
 
 def costs(contestant: Contestant) -> dict[str, Any]:
-    """Parameters, multiply-adds and outputs of layers (millions of values) for one image."""
-    total = count(contestant.model, (3, *contestant.size))
+    """Parameters, and the work of one image in inference and in the forward pass of a training step."""
+    size = (3, *contestant.size)
+    total = count(contestant.model, size)
+    # Grained queries are asked at all granularities in training, whatever their routers say.
+    in_training = copy.deepcopy(contestant.model)
+    set_dense_evaluation(in_training, True)
     return dict(
         params_m=total.params_m,
+        image_size=list(contestant.size),
+        inference=_work(total),
+        train=_work(count(in_training, size)),
+    )
+
+
+def _work(total: Complexity) -> dict[str, float]:
+    """Multiply-adds and outputs of layers, in billions and in millions of values."""
+    return dict(
         gmacs=total.gmacs,
         fft_gmacs=total.fft_gmacs,
         layer_outputs_m=total.layer_outputs / 1e6,
-        image_size=list(contestant.size),
     )
 
 
@@ -102,9 +122,9 @@ def bounds(
     written once and read once, all between them fused, and the weights once per batch. A training step is
     three such passes. Both are models: caches can beat the second.
     """
-    passes = 3 if mode == "train" else 1
-    flops = 2e9 * (cost["gmacs"] + cost["fft_gmacs"])
-    values = 2e6 * cost["layer_outputs_m"] + 1e6 * cost["params_m"] / batch_size
+    passes, work = 3 if mode == "train" else 1, cost[mode]
+    flops = 2e9 * (work["gmacs"] + work["fft_gmacs"])
+    values = 2e6 * work["layer_outputs_m"] + 1e6 * cost["params_m"] / batch_size
     return dict(
         bound_arithmetic=peaks["tflop_per_s"] * 1e12 / (passes * flops),
         bound_bytes=peaks["gb_per_s"] * 1e9 / (passes * values * bytes_per_value),
@@ -171,7 +191,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         latency = ""
         if "latency_ms_p50" in row and row["mode"] == "inference":
             latency = f"{row['latency_ms_p50']:.1f} / {row['latency_ms_p95']:.1f}"
-        memory = f"{row['peak_memory_mib']:.0f}"
+        memory = "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}"
         if "recomputing_memory_mib" in row:
             memory += f" ({row['recomputing_memory_mib']:.0f})"
         bound = min(row["bound_arithmetic"], row["bound_bytes"])
@@ -199,8 +219,8 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         rows = {row["model"]: row for row in result["rows"] if row["mode"] == mode}
         points = {}
         for name, row in rows.items():
-            cost = result["costs"][name]
-            points[name] = (cost["gmacs"] + cost["fft_gmacs"], row["img_per_s"])
+            work = result["costs"][name][mode]
+            points[name] = (work["gmacs"] + work["fft_gmacs"], row["img_per_s"])
         for name, (gmacs, speed) in points.items():
             rival = rows[name].get("baseline")
             if rival is None:
@@ -235,8 +255,15 @@ def file_name(result: dict[str, Any]) -> str:
     return "_".join(parts + ["alone"] * bool(run["processes"]))
 
 
+def machine_folder(machine: dict[str, Any]) -> str:
+    """A name for what was measured on one kind of machine: its GPU's, or else its processor's."""
+    name = machine.get("gpu", machine["cpu"]).lower()
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "unknown"
+
+
 def write(result: dict[str, Any], folder: Path) -> Path:
-    """The result as .json, .md and .png."""
+    """The result as .json, .md and .png, in a folder of its machine."""
+    folder = folder / machine_folder(result["machine"])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(result)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

@@ -81,7 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="reduce-overhead: CUDA graphs",
     )
     parser.add_argument("--compile-baseline", action="store_true", help="and the baselines")
-    parser.add_argument("--channels-last", action="store_true", help="weights and images so")
+    parser.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="weights and images of MixLab's models so; literal forms and timm's keep the default",
+    )
     parser.add_argument("--rounds", type=int, default=11, help="turns of each contestant")
     parser.add_argument("--warmup", type=int, default=2, help="passes before the first round")
     parser.add_argument("--latency-passes", type=int, default=30, help="passes of one image")
@@ -213,7 +217,7 @@ def _race_alone(argv: Sequence[str], entry: str, minutes: float | None) -> dict[
             own += ["--minutes", str(minutes)]
         if subprocess.run([sys.executable, __file__, *argv, *own], check=False).returncode:
             return None
-        (path,) = Path(folder).glob("*.json")
+        (path,) = Path(folder).rglob("*.json")
         return json.loads(path.read_text())
 
 
@@ -228,7 +232,9 @@ def _with_bounds(result: dict[str, Any], setting: Setting) -> dict[str, Any]:
 
 def _setting(args: argparse.Namespace) -> Setting:
     device = torch.device(args.device)
-    return Setting(device, Amp(device, args.dtype), args.batch_size, args.channels_last)
+    amp = Amp(device, args.dtype)
+    amp.set_float32_precision()
+    return Setting(device, amp, args.batch_size, args.channels_last)
 
 
 def _compile_modes(args: argparse.Namespace) -> tuple[str | None, str | None]:

@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.report import fingerprint  # noqa: E402  found through the line above
+from benchmarks.report import fingerprint, machine_folder  # noqa: E402  found through the line above
 from benchmarks.run import MODELS  # noqa: E402
 from models import variant_file  # noqa: E402
 
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             row = throughput(name, args.batch_size, compiled, ["DEVICE", args.device])
             print(f"{name}, compile {compiled}: {row['img_per_s']:.1f} images/s", flush=True)
             rows.append(row)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"throughput_{args.device}_{rows[0]['dtype']}"
+    folder = args.output / machine_folder(machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"throughput_{args.device}_{rows[0]['dtype']}"
     path.with_suffix(".json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
     path.with_suffix(".md").write_text(to_markdown(rows, machine))
     return rows

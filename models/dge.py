@@ -65,7 +65,7 @@ class GrainedBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Routing]:
-        def change(rows: Tensor, lengths: list[int] | None) -> Tensor:
+        def change(rows: Tensor, lengths: Tensor | None) -> Tensor:
             k, v = self.attn.keys_values(self.norm1(x), size)
             mixed = ragged_attention(self.attn.q(self.norm1(rows)), k, v, lengths)
             mixed = self.drop_path(self.attn.project(mixed))

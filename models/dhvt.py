@@ -147,7 +147,7 @@ class DHVT(Backbone):
 
     def _forward_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> map (B, H, W, C) and class token (B, 1, C), not normalised."""
-        x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()  # B H W C
+        x = self.run_block(self.patch_embed, x).permute(0, 2, 3, 1).contiguous()  # B H W C
         cls = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.blocks:
             x, cls = self.run_block(block, x, cls)

@@ -14,6 +14,7 @@ from data import dataset_num_classes, published_num_classes
 from logger import create_logger, muted
 from models import Backbone, build_model
 from models.pretrained import LoadReport, has_averaged_weights, load_pretrained
+from tasks import sizes_vary
 from utils.amp import Amp
 from utils.checkpoint import (
     Source,
@@ -36,8 +37,10 @@ def set_up(config: CfgNode, runtime: Runtime) -> Amp:
     """Logger, seeds and numerics of this process, before anything is built."""
     create_logger(output_dir(config), runtime.rank, config.MODEL.NAME)
     seed_everything(config.SEED)  # the same on all processes, for the same initial weights
-    set_deterministic(config.DETERMINISTIC)
-    return Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
+    set_deterministic(config.DETERMINISTIC, sizes_vary(config))
+    amp = Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
+    amp.set_float32_precision()
+    return amp
 
 
 def build_placed(config: CfgNode, num_classes: int | None, device: torch.device) -> Backbone:

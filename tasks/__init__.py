@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import classification, detection, segmentation
 
-__all__ = ["Evaluator", "Task", "build_task"]
+__all__ = ["Evaluator", "Task", "build_task", "sizes_vary"]
 
 
 class Evaluator(Protocol):
@@ -85,3 +85,8 @@ def build_task(config: Any, num_classes: int, device: torch.device | None = None
     if config.TASK not in _BUILDERS:
         raise ValueError(f"TASK='{config.TASK}' must be one of {sorted(_BUILDERS)}")
     return _BUILDERS[config.TASK](config, num_classes, device)
+
+
+def sizes_vary(config: Any) -> bool:
+    """Whether batches have many sizes: images keep their shapes, and are padded as far as they must."""
+    return config.TASK != "classification"

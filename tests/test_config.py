@@ -10,7 +10,7 @@ import yaml
 import config as config_module
 import optimizer
 from config import all_keys, dump, load_config, output_dir
-from models import CONFIG_DIR, build_model, registry
+from models import CONFIG_DIR, build_model, registry, variant_file
 from models.heads import head_entries
 
 DFVT_TINY = CONFIG_DIR / "dfvt" / "dfvt_tiny.yaml"
@@ -378,3 +378,12 @@ def test_every_shared_key_is_read_by_some_code():
     names = {k: k.rpartition(".")[2] for k in shared}
     unused = [k for k, name in names.items() if name not in code and name.lower() not in code]
     assert not unused, f"no code reads {unused}"
+
+
+def test_a_cuda_graph_does_not_accumulate_gradients():
+    path = variant_file("dfvt_tiny")
+    opts = ["COMPILE", "True", "COMPILE_MODE", "reduce-overhead", "TRAIN.ACCUMULATION_STEPS", "2"]
+    with pytest.raises(ValueError, match=r"excludes TRAIN\.ACCUMULATION_STEPS=2"):
+        load_config(path, opts=opts)
+    for mode in ("default", "max-autotune-no-cudagraphs"):
+        load_config(path, opts=[*opts, "COMPILE_MODE", mode])

@@ -127,7 +127,7 @@ def _source(architecture: str) -> str:
 
 def speed_block() -> str:
     """The ratios of all results of benchmarks/run.py below benchmarks/results, a column for each of them."""
-    paths = sorted(RESULTS.rglob("*.json"), key=lambda path: (path.parent != RESULTS, path))
+    paths = sorted(RESULTS.rglob("*.json"))
     races = [
         (path, result) for path in paths if "costs" in (result := json.loads(path.read_text()))
     ]
@@ -135,7 +135,7 @@ def speed_block() -> str:
     for compiled in (False, True):
         for mode in ("inference", "train"):
             parts += _ratios(mode, compiled, races)
-    for path in sorted(RESULTS.glob("throughput_*.md")):
+    for path in sorted(RESULTS.rglob("throughput_*.md")):
         parts += [path.read_text().strip(), ""]
     return "\n".join([*parts, SPEED_END])
 
@@ -172,15 +172,17 @@ def _ratios(mode: str, compiled: bool, races: list[tuple[Path, dict[str, Any]]])
 def _race_label(path: Path, result: dict[str, Any]) -> str:
     """Where a race ran and how, linked to its full table."""
     machine, run = result["machine"], result["run"]
-    peak = machine["tflop_per_s"]
     parts = [
         machine.get("gpu", machine["cpu"]),
-        f"{peak:.2f} TFLOP/s",
+        f"{machine['tflop_per_s']:.2f} TFLOP/s",
         f"batch {run['batch_size']}",
+        *([run["dtype"]] if run["dtype"] != "float32" else []),
+        *(["channels last"] if run["channels_last"] else []),
+        "alone" if run["processes"] else "all in one process",
+        *(["baselines compiled"] if run["compile_baseline"] else []),
+        f"torch {machine['torch'].partition('+')[0]}",
+        f"commit {(machine['commit'] or 'unknown')[:7]}",
     ]
-    if run["dtype"] != "float32":
-        parts.append(run["dtype"])
-    parts.append("alone" if run["processes"] else "all in one process")
     return f"[{', '.join(parts)}]({path.with_suffix('.md').relative_to(ROOT).as_posix()})"
 
 

@@ -63,6 +63,15 @@ class Amp:
         """For logs and result files: 'float32', 'bfloat16', 'float16', 'apex O1'."""
         return f"apex {self.opt_level}" if self.apex else str(self.dtype).removeprefix("torch.")
 
+    def set_float32_precision(self) -> None:
+        """For this process: with autocast on a GPU, what stays float32 multiplies in TF32.
+
+        TF32 keeps more digits than bf16, in which the factors come, and tensor cores have it. Without
+        autocast float32 means all its digits.
+        """
+        rounds = self.enabled and self.device.type == "cuda"
+        torch.set_float32_matmul_precision("high" if rounds else "highest")
+
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:

@@ -55,8 +55,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
         )
 
 
-def set_deterministic(enabled: bool) -> None:
+def set_deterministic(enabled: bool, sizes_vary: bool = False) -> None:
     """The same bits on every run of one machine, slower; or, disabled, cuDNN's fastest kernels.
+
+    Args:
+        sizes_vary: from batch to batch; cuDNN then takes the kernels that it expects to be fast, since it
+            would time all of them again for each size.
 
     Raises:
         RuntimeError: later, from an operation that has no deterministic version.
@@ -70,4 +74,4 @@ def set_deterministic(enabled: bool) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(enabled)
     torch.backends.cudnn.deterministic = enabled
-    torch.backends.cudnn.benchmark = not enabled
+    torch.backends.cudnn.benchmark = not enabled and not sizes_vary

@@ -8,6 +8,9 @@ from .distributed import get_world_size
 # Those of torch.compile; reduce-overhead records CUDA graphs, which replay for one size of batch.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+# Of these, those whose results lie in memory that the next call writes again.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 

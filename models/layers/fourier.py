@@ -33,7 +33,7 @@ FOURIER_WAYS = ("auto", "fft", "matmul")
 _SMALL, _LARGE = 64, 200
 
 _CHOICES: dict[tuple[Any, ...], str] = {}
-_BASES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_TABLES: dict[tuple[Any, ...], Tensor] = {}
 
 
 def fourier_filter(
@@ -152,20 +152,16 @@ def _choose(x: Tensor, run: Callable[[str], Tensor]) -> str:
         x.shape[1] + x.shape[2] <= _SMALL
         or torch.is_grad_enabled()
         or torch.are_deterministic_algorithms_enabled()
-        or not _can_be_timed(x)
+        or not (is_eager(x) and x.device.type in ("cpu", "cuda"))
     ):
         return way
     size = tuple(x.shape[1:3])
     key = (size, x[:, 0, 0].numel().bit_length(), x.dtype, x.device, torch.get_num_threads())
     if key not in _CHOICES:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return way
         _CHOICES[key] = _faster(way, x, run)
     return _CHOICES[key]
-
-
-def _can_be_timed(x: Tensor) -> bool:
-    if x.is_cuda:
-        return is_eager(x) and not torch.cuda.is_current_stream_capturing()
-    return eager_on_cpu(x)
 
 
 def _faster(way: str, x: Tensor, run: Callable[[str], Tensor]) -> str:
@@ -374,39 +370,49 @@ def _spectrum_to_quads(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _pair_scale(like: Tensor, size: tuple[int, int]) -> Tensor:
     """Orthonormal rows of cosines hold sqrt(2) of a frequency that has a mirror image: (h, F, 1, 1)."""
-    rows, columns = (_multiplicity(n).sqrt() for n in size)
-    return (rows[:, None] * columns)[..., None, None].to(like)
-
-
-def _multiplicity(n: int) -> Tensor:
-    """How many of the n frequencies each of 0..n//2 stands for: 2, but 1 for 0 and (n even) n/2."""
-    count = torch.full((n // 2 + 1,), 2.0, dtype=torch.float64, device="cpu")
-    count[0] = 1.0
-    if n % 2 == 0:
-        count[-1] = 1.0
-    return count
+    return _kept(_make_pair_scale, size, like)
 
 
 def _dft_basis(like: Tensor, n: int) -> Tensor:
     """(2 * (n//2 + 1), n): rows of cosines, then of sines, orthonormal, in the type of `like`."""
-    key = (n, like.dtype, like.device)
-    if (kept := _BASES.get(key)) is not None:
-        return kept
+    return _kept(_make_dft_basis, (n,), like)
+
+
+def _kept(make: Callable[..., Tensor], lengths: tuple[int, ...], like: Tensor) -> Tensor:
+    """`make(*lengths, device)` in the type and on the device of `like`, made once."""
+    device = like.device
+    # In double precision, which not all accelerators have. A compiler makes the table in each pass: a
+    # CPU's would be copied to the GPU each time.
+    where = device if device.type == "cuda" else torch.device("cpu")
     if torch.compiler.is_compiling():  # nothing is kept, and exporters cannot save the contexts
-        return _make_dft_basis(*key)
+        return make(*lengths, where).to(like)
+    key = (make, lengths, like.dtype, device)
+    if (kept := _TABLES.get(key)) is not None:
+        return kept
     # An inference tensor in the table could not be used by a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        basis = _make_dft_basis(*key)
-    if type(basis) is torch.Tensor:
-        if len(_BASES) >= 256:
-            _BASES.clear()  # many sizes come by in detection; the tables are cheap to make again
-        _BASES[key] = basis
-    return basis
+        table = make(*lengths, where).to(like)
+    if type(table) is Tensor:
+        if len(_TABLES) >= 256:
+            _TABLES.clear()  # many sizes come by in detection; the tables are cheap to make again
+        _TABLES[key] = table
+    return table
 
 
-def _make_dft_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    steps = torch.arange(n, device="cpu")
+def _make_pair_scale(height: int, width: int, device: torch.device) -> Tensor:
+    rows, columns = (_multiplicity(n, device).sqrt() for n in (height, width))
+    return (rows[:, None] * columns)[..., None, None]
+
+
+def _make_dft_basis(n: int, device: torch.device) -> Tensor:
+    steps = torch.arange(n, device=device)
     # Integer phases modulo n keep the angles, and so the float32 table, exact to the last bit.
     angle = (steps[: n // 2 + 1, None] * steps % n).double() * (2 * math.pi / n)
-    scale = (_multiplicity(n) / n).sqrt()[:, None]
-    return torch.cat([angle.cos() * scale, angle.sin() * scale]).to(dtype=dtype, device=device)
+    scale = (_multiplicity(n, device) / n).sqrt()[:, None]
+    return torch.cat([angle.cos() * scale, angle.sin() * scale])
+
+
+def _multiplicity(n: int, device: torch.device) -> Tensor:
+    """How many of the n frequencies each of 0..n//2 stands for: 2, but 1 for 0 and (n even) n/2."""
+    k = torch.arange(n // 2 + 1, device=device)
+    return 2.0 - ((k == 0) | (2 * k == n)).double()

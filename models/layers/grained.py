@@ -22,7 +22,7 @@ from .attention import merge_heads, split_heads
 from .tokens import Size, to_map, to_tokens
 
 # What a block adds to queries (L, C): `change(rows, lengths)`, with `lengths` as in `ragged_attention`.
-Change = Callable[[Tensor, list[int] | None], Tensor]
+Change = Callable[[Tensor, Tensor | None], Tensor]
 
 # How probable the first granularity is before training.
 FIRST_PROB = 0.95
@@ -176,7 +176,7 @@ class GrainedQueries(nn.Module):
         row_of_candidate = chosen.flatten().cumsum(0).view_as(chosen) - 1
         return Selection(
             candidates=chosen.flatten().nonzero()[:, 0],
-            lengths=chosen.sum(1).tolist(),
+            lengths=chosen.sum(1),
             row_of_token=row_of_candidate.gather(1, torch.cat([first, covering], dim=1)),
         )
 
@@ -218,7 +218,7 @@ class Selection(NamedTuple):
     """The chosen candidates of a batch as rows, image after image."""
 
     candidates: Tensor  # (L,) into the flattened (B, T)
-    lengths: list[int]  # rows per image
+    lengths: Tensor  # (B,) rows per image
     row_of_token: Tensor  # (B, N), the row that covers each token
 
 
@@ -295,30 +295,28 @@ def mean_patches(x: Tensor, size: Size, step: int) -> Tensor:
     return to_tokens(F.avg_pool2d(to_map(x, size), step, ceil_mode=True, count_include_pad=False))
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int] | None) -> Tensor:
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
     """Attention of packed rows to the keys of their own image.
 
     Args:
         q: (L, C), image after image; k, v: (B, heads, M, C / heads).
-        lengths: rows per image, L together; None says that all images have as many.
+        lengths: (B,) rows per image, L together; None says that all images have as many.
 
     Returns:
         (L, C).
     """
-    if lengths is None or len(set(lengths)) == 1:
+    if lengths is not None and kernels.available(q, k.shape[-1]):
+        return kernels.ragged_attention(q, k, v, lengths)  # nothing waits for the device
+    rows = None if lengths is None else lengths.tolist()
+    if rows is None or len(set(rows)) == 1:
         return _attend(q.unflatten(0, (k.shape[0], -1)), k, v).flatten(0, 1)
-    if kernels.available(q, k.shape[-1]):
-        return kernels.ragged_attention(q, k, v, lengths)
     if splits_rows(q.device):
-        images = zip(q.split(lengths), k.split(1), v.split(1), strict=True)
-        return torch.cat([_attend(rows[None], *kv)[0] for rows, *kv in images])
+        images = zip(q.split(rows), k.split(1), v.split(1), strict=True)
+        return torch.cat([_attend(part[None], *kv)[0] for part, *kv in images])
     # One launch on accelerators: rows are padded to the longest image, and queries need no mask.
-    counts = torch.tensor(lengths, device=q.device)
-    image = torch.arange(len(lengths), device=q.device).repeat_interleave(
-        counts, output_size=len(q)
-    )
-    slot = torch.arange(len(q), device=q.device) - (counts.cumsum(0) - counts)[image]
-    padded = q.new_zeros(len(lengths), max(lengths), q.shape[1])
+    image = torch.arange(len(rows), device=q.device).repeat_interleave(lengths, output_size=len(q))
+    slot = torch.arange(len(q), device=q.device) - (lengths.cumsum(0) - lengths)[image]
+    padded = q.new_zeros(len(rows), max(rows), q.shape[1])
     padded = padded.index_put((image, slot), q)
     return _attend(padded, k, v)[image, slot]
 

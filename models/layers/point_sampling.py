@@ -98,7 +98,8 @@ def sample_maps(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int
     # One pixel per side has no extent to normalise by; a column of zeros beside it changes nothing.
     maps = F.pad(maps, (0, size[1] == 1, 0, size[0] == 1))
     height, width = maps.shape[2:]
-    points = points * points.new_tensor([2 / (width - 1), 2 / (height - 1)]) - 1
+    x, y = points.unbind(-1)
+    points = torch.stack([x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1], -1)
     points = points.transpose(1, 2).flatten(0, 1)  # B*h N P 2
     samples = F.grid_sample(maps, points, "bilinear", "zeros", align_corners=True)  # B*h d N P
     result = (samples * weights.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)  # B*h d N

@@ -181,7 +181,7 @@ class GrainedMixer(_Steps):
         tokens = x.flatten(1, 2)
         k, v = self.keys_values(norm(tokens), size)
 
-        def change(rows: Tensor, lengths: list[int] | None) -> Tensor:
+        def change(rows: Tensor, lengths: Tensor | None) -> Tensor:
             def mix(queries: Tensor) -> Tensor:
                 return self.project(ragged_attention(self.q(queries), k, v, lengths))
 

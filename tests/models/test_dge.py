@@ -139,10 +139,10 @@ def test_drop_path_drops_single_queries():
 def test_padded_attention_equals_attention_image_by_image(lengths, monkeypatch):
     q = torch.randn(sum(lengths), 8)
     k, v = torch.randn(2, len(lengths), 2, 6, 4).unbind(0)
-    expected = ragged_attention(q, k, v, lengths)
+    expected = ragged_attention(q, k, v, torch.tensor(lengths))
     # The way of accelerators, on the CPU.
     monkeypatch.setattr(grained, "splits_rows", lambda device: False)
-    close(ragged_attention(q, k, v, lengths), expected)
+    close(ragged_attention(q, k, v, torch.tensor(lengths)), expected)
     rows = q.split(lengths)
     for image, part in enumerate(expected.split(lengths)):
         for head in range(2):

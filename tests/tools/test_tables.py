@@ -53,12 +53,18 @@ def test_each_result_is_a_column_of_the_speed_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     row = dict(model="a", mode="train", compiled=False, baseline="b", ratio=2.0, img_per_s=3.0)
-    for folder, names, processes in ((".", "ac", 0), ("other", "a", 2)):
+    for folder, names, processes in (("cpu", "ac", 0), ("other", "a", 2)):
         path = tmp_path / "results" / folder / "race.json"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         result = dict(
-            machine=dict(cpu="CPU", tflop_per_s=0.5),
-            run=dict(batch_size=8, dtype="float32", processes=processes),
+            machine=dict(cpu="CPU", tflop_per_s=0.5, torch="2.15.0+cu1", commit="0123456789"),
+            run=dict(
+                batch_size=8,
+                dtype="float32",
+                processes=processes,
+                channels_last=processes > 0,
+                compile_baseline=processes > 0,
+            ),
             costs={},
             rows=[row | dict(model=name) for name in names] + [dict(row, mode="inference")],
         )
@@ -68,8 +74,9 @@ def test_each_result_is_a_column_of_the_speed_tables(tmp_path, monkeypatch):
     lines = tables.speed_block().splitlines()
     assert lines[1].startswith("**Training step**")
     assert lines[3:7] == [
-        "| model | against | [CPU, 0.50 TFLOP/s, batch 8, all in one process](results/race.md) | "
-        "[CPU, 0.50 TFLOP/s, batch 8, alone](results/other/race.md) |",
+        "| model | against | [CPU, 0.50 TFLOP/s, batch 8, all in one process, torch 2.15.0, commit 0123456]"
+        "(results/cpu/race.md) | [CPU, 0.50 TFLOP/s, batch 8, channels last, alone, baselines compiled, "
+        "torch 2.15.0, commit 0123456](results/other/race.md) |",
         "|---|---|---:|---:|",
         "| a | b | **2.00** (3.0) | **2.00** (3.0) |",
         "| c | b | **2.00** (3.0) |  |",

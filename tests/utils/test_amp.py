@@ -155,3 +155,16 @@ def test_apex_scales_the_loss_and_clips_its_master_parameters(monkeypatch):
     assert calls == ["O2", True, False]
     assert norm == pytest.approx(2.0)
     assert model.weight.item() == pytest.approx(start - 1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision"),
+    [("cuda", "bf16", "high"), ("cuda", "float32", "highest"), ("cpu", "bf16", "highest")],
+)
+def test_float32_is_rounded_only_where_autocast_rounds_on_a_gpu(device, dtype, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        Amp(device, dtype).set_float32_precision()
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -61,3 +61,16 @@ def test_deterministic_mode_is_switched_on_and_off(monkeypatch):
         set_deterministic(False)
         torch.backends.cudnn.benchmark = False
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "sizes_vary", "benchmark"),
+    [(False, False, True), (False, True, False), (True, False, False)],
+)
+def test_convolutions_are_timed_only_where_sizes_repeat(deterministic, sizes_vary, benchmark):
+    try:
+        set_deterministic(deterministic, sizes_vary)
+        assert torch.backends.cudnn.benchmark is benchmark
+    finally:
+        set_deterministic(False)
+        torch.backends.cudnn.benchmark = False

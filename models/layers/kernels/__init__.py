@@ -19,7 +19,6 @@ __all__ = [
     "dilated_attention",
     "enabled",
     "filter_quads",
-    "packed_attention",
     "ragged_attention",
 ]
 
@@ -32,7 +31,7 @@ enabled = os.environ.get("MIXLAB_KERNELS", "1") != "0"
 if HAS_TRITON:
     from .dilated import dilated_attention
     from .quads import filter_quads
-    from .ragged import packed_attention, ragged_attention
+    from .ragged import ragged_attention
 
 
 # Bytes of a head's row up to which the blocks of `ragged_attention` fit the shared memory of all GPUs.

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import tuned
+from .tuning import tuned, work_class
 
 # Triton's exponential is base 2.
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -138,6 +138,7 @@ def _launch(
                 height,
                 width,
                 scale,
+                work_class(batch * num_heads * height * width),
                 HEADS=num_heads,
                 HEAD_DIM=head_dim,
                 D=triton.next_power_of_2(head_dim),
@@ -147,8 +148,8 @@ def _launch(
             )
 
 
-@tuned(_TILES, key=["HEAD_DIM", "KERNEL"])
-@triton.jit
+@tuned(_TILES, key=["HEAD_DIM", "KERNEL", "work"])
+@triton.jit(do_not_specialize=["work"])
 def _forward_kernel(
     qkv,
     out,
@@ -156,6 +157,7 @@ def _forward_kernel(
     height,
     width,
     scale,
+    work,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -192,8 +194,8 @@ def _forward_kernel(
         tl.store(log_sum + y * width + x, top + tl.log2(total), mask=(y < height) & (x < width))
 
 
-@tuned(_TILES, key=["HEAD_DIM", "KERNEL"])
-@triton.jit
+@tuned(_TILES, key=["HEAD_DIM", "KERNEL", "work"])
+@triton.jit(do_not_specialize=["work"])
 def _grad_query_kernel(
     qkv,
     grad,
@@ -203,6 +205,7 @@ def _grad_query_kernel(
     height,
     width,
     scale,
+    work,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -242,8 +245,8 @@ def _grad_query_kernel(
     _store(grad_qkv, grad_q, y, x, height, width, 3 * C, HEAD_DIM, D)
 
 
-@tuned(_TILES, key=["HEAD_DIM", "KERNEL"])
-@triton.jit
+@tuned(_TILES, key=["HEAD_DIM", "KERNEL", "work"])
+@triton.jit(do_not_specialize=["work"])
 def _grad_key_value_kernel(
     qkv,
     grad,
@@ -253,6 +256,7 @@ def _grad_key_value_kernel(
     height,
     width,
     scale,
+    work,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,

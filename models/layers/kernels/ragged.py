@@ -10,23 +10,22 @@ Shapes: L rows (queries of all images), C channels (heads * head_dim), B batch, 
         Q queries and N keys of a block, D head_dim rounded up to a power of two
 """
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .tuning import tuned
+from .tuning import tuned, work_class
 
 # Triton's exponential is base 2.
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# What is summed over goes in blocks of one size, so that no result depends on a measurement.
+# What is summed over goes in blocks of one size, so that configurations differ in little but speed.
 _QUERY_BLOCKS = [
     triton.Config({"BLOCK_Q": rows, "BLOCK_K": 64}, num_warps=warps, num_stages=stages)
     for rows, warps, stages in ((64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 2))
@@ -37,26 +36,22 @@ _KEY_BLOCKS = [
 ]
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     """Softmax attention, logits divided by sqrt(head_dim), of packed rows to the keys of their own image.
 
     Args:
         q: (L, C), image after image; k, v: (B, heads, M, C / heads).
-        lengths: rows per image, L together; an image may have none.
+        lengths: (B,) rows per image on the device, L together (the host does not look); an image may have
+            none.
 
     Returns:
         (L, C).
     """
-    if len(lengths) != k.shape[0] or sum(lengths) != q.shape[0]:
+    if lengths.shape != k.shape[:1]:
         raise ValueError(
-            f"lengths={list(lengths)} must be {k.shape[0]} numbers, one per image, with sum {q.shape[0]}"
+            f"lengths of shape {tuple(lengths.shape)} must be {k.shape[0]} numbers, one per image"
         )
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
-    return packed_attention(q, k, v, offsets)
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """`ragged_attention` with the first row of each image, and L, as (B + 1,) int32 on the device."""
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return _attend(q, k, v, offsets)[0]
 
 
@@ -156,7 +151,7 @@ def _launch(
 ) -> None:
     batch, heads, num_keys, head_dim = k.shape
     # Three products of TF32 parts come close to float32's precision, on the tensor cores.
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     if k.numel():
         # Triton launches on the current device, which need not be the tensor's.
         with torch.cuda.device_of(q):
@@ -172,6 +167,7 @@ def _launch(
                 *k.stride()[:3],
                 *v.stride()[:3],
                 head_dim**-0.5,
+                work_class(q.shape[0] * num_keys),
                 HEADS=heads,
                 HEAD_DIM=head_dim,
                 D=max(16, triton.next_power_of_2(head_dim)),  # 16: the least that tl.dot takes
@@ -180,8 +176,8 @@ def _launch(
             )
 
 
-@tuned(_QUERY_BLOCKS, key=["HEAD_DIM"])
-@triton.jit
+@tuned(_QUERY_BLOCKS, key=["HEAD_DIM", "work"])
+@triton.jit(do_not_specialize=["work"])
 def _forward_kernel(
     q,
     k,
@@ -199,6 +195,7 @@ def _forward_kernel(
     v_head,
     v_row,
     scale,
+    work,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -234,8 +231,8 @@ def _forward_kernel(
     tl.store(log_sum + head * num_rows + rows, top + tl.log2(total), mask=rows < end)
 
 
-@tuned(_QUERY_BLOCKS, key=["HEAD_DIM"])
-@triton.jit
+@tuned(_QUERY_BLOCKS, key=["HEAD_DIM", "work"])
+@triton.jit(do_not_specialize=["work"])
 def _grad_query_kernel(
     q,
     k,
@@ -256,6 +253,7 @@ def _grad_query_kernel(
     v_head,
     v_row,
     scale,
+    work,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -294,8 +292,8 @@ def _grad_query_kernel(
     _store(grad_q + head * HEAD_DIM, total * scale, rows, end, C, HEAD_DIM, D)
 
 
-@tuned(_KEY_BLOCKS, key=["HEAD_DIM"])
-@triton.jit
+@tuned(_KEY_BLOCKS, key=["HEAD_DIM", "work"])
+@triton.jit(do_not_specialize=["work"])
 def _grad_key_value_kernel(
     q,
     k,
@@ -316,6 +314,7 @@ def _grad_key_value_kernel(
     v_head,
     v_row,
     scale,
+    work,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,

@@ -4,11 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from models.layers.kernels import dilated, quads, ragged
+from models.layers.kernels.tuning import Tuned
 from tests.models.layers.kernels.tools import INTERPRETED
 
 MODULES = dict(dilated=dilated, quads=quads, ragged=ragged)
@@ -33,7 +35,7 @@ KERNELS = [
 TYPES = dict.fromkeys(
     ["log_sum", "delta", "table", "routing", "table_parts", "routing_parts"], "*fp32"
 ) | dict(offsets="*i32", scale="fp32")
-WHOLE = {"batch", "height", "width", "rows", "columns", "num_rows", "num_keys"}
+WHOLE = {"batch", "height", "width", "rows", "columns", "num_rows", "num_keys", "work"}
 
 
 def argument_type(name, dtype):
@@ -48,8 +50,8 @@ def test_kernels_compile_for_hopper(name, dtype, constants, monkeypatch, tmp_pat
     module, attribute = name.split(".")
     kernel = getattr(MODULES[module], attribute)
     options = dict(num_warps=8)
-    if isinstance(kernel, triton.runtime.Autotuner):
-        choice, kernel = kernel.configs[0], kernel.fn
+    if isinstance(kernel, Tuned):
+        choice, kernel = kernel.configs[0], kernel.kernel
         constants, options = constants | choice.kwargs, dict(num_warps=choice.num_warps)
     signature = {
         name: "constexpr" if name in constants else argument_type(name, dtype)
@@ -58,3 +60,17 @@ def test_kernels_compile_for_hopper(name, dtype, constants, monkeypatch, tmp_pat
     source = ASTSource(kernel, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
+
+
+def test_deterministic_runs_take_the_first_configuration(monkeypatch):
+    """Blocks decide in which order a GPU adds."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    kernel = dilated._forward_kernel
+    monkeypatch.setattr(kernel, "_first", {(1,): "first"})
+    monkeypatch.setattr(kernel, "_fastest", {(1,): "fastest"})
+    assert kernel[(1,)] == "fastest"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert kernel[(1,)] == "first"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -26,7 +26,8 @@ def compare(device, monkeypatch):
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         assert used == [name]
         for plain, with_kernel in zip(*results, strict=True):
-            assert_close(with_kernel, plain.double(), 1e-5)
+            # On a GPU products of three TF32 parts come close to float32.
+            assert_close(with_kernel, plain.double(), 1e-5 if device.type == "cpu" else 2e-5)
 
     return run
 
@@ -52,4 +53,8 @@ def test_fourier_filters_use_their_kernel(num_filters, compare, monkeypatch):
 def test_grained_queries_use_their_kernel(compare):
     lengths = [1, 9, 4]
     inputs = [torch.randn(14, 16), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)]
-    compare(lambda q, k, v: ragged_attention(q, k, v, lengths), inputs, "ragged_attention")
+    compare(
+        lambda q, k, v: ragged_attention(q, k, v, torch.tensor(lengths, device=q.device)),
+        inputs,
+        "ragged_attention",
+    )
