@@ -3,8 +3,8 @@
 On x86 PyTorch gives float32 products to MKL, which uses the 512-bit instructions of Intel's processors
 only, and convolutions to oneDNN, which uses them wherever they are. On an AMD EPYC of family 26 a 1x1
 convolution took 0.4 to 0.5 of the time of the same `F.linear`, forward and backward; on one of family 25 both
-take as long. The choice depends on the processor's name and not on a measurement, so that two runs on a machine
-agree to the last bit.
+take as long. The choice depends on the processor's name and not on a measurement, so that two runs on a
+machine agree to the last bit.
 """
 
 import math
