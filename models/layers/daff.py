@@ -50,8 +50,9 @@ class DAFF(nn.Module):
         self.excitation = nn.Linear(dim // 4, dim) if enable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.shape[1] * x.shape[2] * self.conv1.out_channels
-        return in_pieces_if_idle(self, self._layers, x, values)
+        positions = x.shape[1] * x.shape[2]
+        values = positions * self.conv1.out_channels
+        return in_pieces_if_idle(self, self._layers, x, values, positions)
 
     def _layers(self, x: Tensor) -> Tensor:
         x = self.act(_conv_norm(x, self.conv1, self.bn1))  # B H W 4C

@@ -6,8 +6,11 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-# Values of the widest map of a piece, for what makes a few of them: 4 MiB of float32 per two threads.
-PIECE = 2**20
+# Values of the widest map of a piece, for what makes a few of them: 16 MiB of float32 per two threads.
+PIECE = 2**22
+
+# Positions that linear layers have in a piece at least: their weights are laid out anew for each piece.
+POSITIONS = 1600
 
 
 def is_eager(x: Tensor) -> bool:
@@ -34,16 +37,22 @@ def add_owned(x: Tensor, y: Tensor) -> Tensor:
 
 
 def in_pieces_if_idle(
-    module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, values: int
+    module: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    values: int,
+    positions: int = 0,
 ) -> Tensor:
     """`function(x)`, a part of `module`; in evaluation without gradients, eager on a CPU, `in_pieces`.
 
     Args:
         values: of the widest map that `function` makes of one row (or image), see `piece`.
+        positions: of one row (or image) in wide linear layers; 0: there are none.
     """
     if module.training or torch.is_grad_enabled() or not eager_on_cpu(x):
         return function(x)
-    return in_pieces(function, x, piece(values))
+    least = ceil(POSITIONS / positions) if positions else 1
+    return in_pieces(function, x, max(least, piece(values)))
 
 
 def piece(values: int) -> int:

@@ -37,7 +37,8 @@ class Mlp(nn.Module):
         if x.ndim < 2:
             return self._layers(x)
         # Two maps as wide as the hidden one, or one where the activation works in place.
-        y = in_pieces_if_idle(self, self._layers, x.flatten(0, -2), self.fc1.out_features // 2)
+        values = self.fc1.out_features // 2
+        y = in_pieces_if_idle(self, self._layers, x.flatten(0, -2), values, positions=1)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _layers(self, x: Tensor) -> Tensor:

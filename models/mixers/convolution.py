@@ -37,8 +37,9 @@ class SepConv(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.shape[1] * x.shape[2] * self.pwconv1.out_features
-        return in_pieces_if_idle(self, self.mix, x, values)
+        positions = x.shape[1] * x.shape[2]
+        values = positions * self.pwconv1.out_features
+        return in_pieces_if_idle(self, self.mix, x, values, positions)
 
     def mix(self, x: Tensor) -> Tensor:
         """`forward` for all images at once."""

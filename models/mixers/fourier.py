@@ -38,7 +38,8 @@ class _SpectralMixer(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_pieces_if_idle(self, self.mix, x, x.shape[1] * x.shape[2] * self.hidden_dim)
+        positions = x.shape[1] * x.shape[2]
+        return in_pieces_if_idle(self, self.mix, x, positions * self.hidden_dim, positions)
 
     def mix(self, x: Tensor) -> Tensor:
         """`forward` for all images at once."""

@@ -87,6 +87,7 @@ def test_a_network_in_pieces_equals_it_at_once(shape, act, monkeypatch):
     sizes = []
     mlp.fc1.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     monkeypatch.setattr(eager, "PIECE", 12)  # 3 rows of 8 hidden values
+    monkeypatch.setattr(eager, "POSITIONS", 1)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), expected)
     assert max(sizes) <= 4
@@ -95,6 +96,7 @@ def test_a_network_in_pieces_equals_it_at_once(shape, act, monkeypatch):
 def test_dropout_is_drawn_for_all_rows_at_once(monkeypatch):
     mlp = Mlp(4, 2.0, drop=0.5).train()
     monkeypatch.setattr(eager, "PIECE", 12)
+    monkeypatch.setattr(eager, "POSITIONS", 1)
     x, outputs = torch.randn(10, 4), []
     for grad in (True, False):  # as a reentrant checkpoint and its second pass
         torch.manual_seed(0)
@@ -121,6 +123,16 @@ def test_a_piece_has_a_row_at_least():
     assert piece(10 * eager.PIECE) == 1
 
 
+@torch.no_grad()
+def test_a_piece_has_enough_rows_for_the_weights_to_be_worth_their_layout(monkeypatch):
+    mlp, sizes = Mlp(4, 2.0).eval(), []
+    mlp.fc1.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(eager, "PIECE", 12)
+    monkeypatch.setattr(eager, "POSITIONS", 5)
+    mlp(torch.randn(12, 4))
+    assert sizes == [4, 4, 4]  # even pieces of 5 rows at most
+
+
 @pytest.mark.parametrize("name", ["dfvt_tiny", "dilateformer_tiny"])
 @torch.no_grad()
 def test_a_stem_in_pieces_equals_it_at_once(name, monkeypatch):
@@ -129,4 +141,5 @@ def test_a_stem_in_pieces_equals_it_at_once(name, monkeypatch):
     monkeypatch.setattr(eager, "PIECE", 2**30)
     expected = model(x)
     monkeypatch.setattr(eager, "PIECE", 1)
+    monkeypatch.setattr(eager, "POSITIONS", 1)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
