@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.literal import literal
 from config import load_config
 from models import Backbone, create_model, variant_file
-from models.folding import fold_batch_norms
+from models.deployment import deploy
 from models.layers.grained import GrainedQueries, Router
 from models.layers.tokens import to_pair
 from utils.amp import Amp
@@ -149,7 +149,7 @@ def enter(
     for contestant in order:
         contestant.model.to(memory_format=setting.layout_of(contestant))
         if contestant.is_ours:
-            contestant.deployed = fold_batch_norms(contestant.model)
+            contestant.deployed = deploy(contestant.model)
     for contestant in order:
         rival = contestant.baseline
         if rival and rival.name in (f"{contestant.name} (literal)", f"{contestant.name} (self)"):

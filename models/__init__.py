@@ -2,8 +2,8 @@
 
 Importing this package imports every module in it, so a new architecture is one file here and its
 YAML files under `configs/`; nothing has to list it. No architectures are `backbone` (the contract),
-`registry` (the schema), `pretrained` (loading weights), `timm_registry` and `folding` (batch norms); `heads/`
-makes detectors and segmenters of them.
+`registry` (the schema), `pretrained` (loading weights), `timm_registry`, `folding` and `deployment` (copies
+for inference); `heads/` makes detectors and segmenters of them.
 """
 
 import importlib

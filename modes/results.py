@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from data import build_loader
 from engine import measure_throughput
-from models.folding import fold_batch_norms
+from models.deployment import deploy
 from models.layers.tokens import to_pair
 from utils.amp import Amp
 from utils.complexity import Complexity, count
@@ -72,7 +72,7 @@ def some_images(config: CfgNode) -> torch.Tensor | None:
 
 def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device) -> dict[str, Any]:
     """Throughput and latency of a deployed copy, with what they depend on; those of its parts by name."""
-    model = fold_batch_norms(model)
+    model = deploy(model)
 
     def timed(part: nn.Module) -> dict[str, Any]:
         return measure_throughput(

@@ -7,7 +7,7 @@ from .activations import made_inplace
 from .batch_norm import BatchNorm2d
 from .checks import hidden_width
 from .eager import add_owned, in_pieces_if_idle
-from .linear import linear
+from .linear import PointwiseConv2d, linear
 
 
 class DAFF(nn.Module):
@@ -55,8 +55,8 @@ class DAFF(nn.Module):
         return in_pieces_if_idle(self, self._layers, x, values, positions)
 
     def _layers(self, x: Tensor) -> Tensor:
-        x = self.act(_conv_norm(x, self.conv1, self.bn1))  # B H W 4C
-        x = add_owned(self.act(_conv_norm(x, self.conv2, self.bn2)), x)
+        x = _conv_norm(x, self.conv1, self.bn1, self.act)  # B H W 4C
+        x = add_owned(_conv_norm(x, self.conv2, self.bn2, self.act), x)
         return _conv_norm(x, self.conv3, self.bn3)  # B H W C
 
     def reweight(self, cls: Tensor, x: Tensor) -> Tensor:
@@ -68,18 +68,23 @@ class DAFF(nn.Module):
         return cls * weights[:, None]
 
 
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Convolution and batch norm (or none) of a map (B, H, W, C); one operation in evaluation."""
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
+    """Convolution, batch norm (or none) and activation of a map (B, H, W, C); norms merge in evaluation."""
     weight, bias = conv.weight, conv.bias
     if norm.training:
-        x = norm(conv(x.permute(0, 3, 1, 2)))
-        return x.permute(0, 2, 3, 1)
+        x = norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return x if act is None else act(x)
+    if isinstance(norm, nn.Identity) and isinstance(conv, PointwiseConv2d):
+        return conv.on_map(x, act)
     if not isinstance(norm, nn.Identity):
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = weight * scale[:, None, None, None]
         bias = (bias - norm.running_mean) * scale + norm.bias
     if conv.kernel_size == (1, 1):
-        return linear(x, weight[:, :, 0, 0], bias)
-    # As a permuted view the map is in channels_last format: nothing is copied.
-    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=conv.padding, groups=conv.groups)
-    return x.permute(0, 2, 3, 1)
+        x = linear(x, weight[:, :, 0, 0], bias)
+    else:
+        # As a permuted view the map is in channels_last format: nothing is copied.
+        x = x.permute(0, 3, 1, 2)
+        x = F.conv2d(x, weight, bias, padding=conv.padding, groups=conv.groups)
+        x = x.permute(0, 2, 3, 1)
+    return x if act is None else act(x)

@@ -25,6 +25,8 @@ class DilatedAttention(nn.Module):
         dilation: pixels between neighbours, per group of heads.
     """
 
+    reads_weights_of = ("qkv", "proj")
+
     def __init__(
         self,
         dim: int,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import eager_on_cpu
+from .packed import PackedWeight, fuses
 
 # Below, setting up the convolution costs more than it saves.
 _MIN_ROWS = 64
@@ -27,14 +28,50 @@ _FEW_ROWS = 512
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`: same parameters, same results up to rounding."""
+    """`nn.Linear`: same parameters, same results up to rounding.
+
+    Attributes:
+        packed: the weight as copies for inference have it.
+    """
+
+    packed: PackedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.packed)
+
+    def activated(self, x: Tensor, act: nn.Module) -> Tensor:
+        """act(self(x)); of a packed layer in one operation, if it can be, which no hook sees."""
+        packed = self.packed
+        if packed is not None and fuses(act) and packed.suits(x, self.weight):
+            return packed.product(x, self.bias, act)
+        return act(self(x))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., in) x (out, in) -> (..., out), as `F.linear`."""
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution of a copy for inference: a linear layer where the map is channels-last."""
+
+    packed: PackedWeight | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return self.on_map(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x)
+
+    def on_map(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, out), activated; see `Linear.activated`."""
+        packed = self.packed
+        if packed is not None and (act is None or fuses(act)) and packed.suits(x, self.weight):
+            return packed.product(x, self.bias, act)
+        x = linear(x, self.weight.flatten(1), self.bias)
+        return x if act is None else act(x)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: PackedWeight | None = None
+) -> Tensor:
+    """(..., in) x (out, in) -> (..., out), as `F.linear`; by `packed`, made of `weight`, where it suits."""
+    if packed is not None and packed.suits(x, weight):
+        return packed.product(x, bias)
     if not _suits_convolution(x, weight):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
@@ -166,13 +203,14 @@ def _suits_convolution(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and _convolves()
+        and multiplies_by_onednn()
         and x.numel() >= _MIN_ROWS * x.shape[-1] > 0
     )
 
 
 @torch.compiler.assume_constant_result
-def _convolves() -> bool:
+def multiplies_by_onednn() -> bool:
+    """Whether linear layers of this process go to oneDNN, on a CPU in float32."""
     # With one thread PyTorch has convolutions of its own, made of MKL's products.
     return torch.get_num_threads() > 1 and _prefers_onednn()
 

@@ -42,5 +42,5 @@ class Mlp(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _layers(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.fc1(x)))
+        x = self.drop(self.fc1.activated(x, self.act))
         return self.drop(self.fc2(x))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import biased_attention
 from .checks import check_heads
 from .linear import Linear, linear
+from .packed import PackedWeight, can_pack
 from .resize import FileGrid, resize_bias_table
 from .token_maps import attention_probabilities
 
@@ -143,6 +144,8 @@ class Windowed(nn.Module):
             detection backbone of DFvT does.
     """
 
+    reads_weights_of = ("qkv",)
+
     def __init__(
         self,
         dim: int,
@@ -175,6 +178,7 @@ class Windowed(nn.Module):
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self._cache: tuple[Any, Tensor, list[Tensor]] | None = None
+        self.packed_qkv: PackedWeight | None = None
 
     def bias_sources(self) -> list[Tensor]:
         """The parameters that `relative_bias` reads."""
@@ -228,17 +232,26 @@ class Windowed(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows (G, N, M, C) -> q, k, v (G, M*h, N, d), all views of one matrix product."""
         weight, bias, heads = self.qkv.weight, self.projection_bias(), self.num_heads
-        if x.shape[2] == 1:
+        packed = self.packed_qkv
+        packed = packed if packed is not None and packed.suits(x, weight) else None
+        if x.shape[2] == 1 and packed is None:
             x = linear(x[:, :, 0], weight, bias).unflatten(2, (3, heads, -1))  # G N 3 h d
             q, k, v = x.unbind(2)
         else:
-            # With the rows of the weight head by head, windows and heads merge without a copy.
-            weight = weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-            if bias is not None:
-                bias = bias.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten()
-            x = linear(x, weight, bias).unflatten(3, (heads, 3, -1))  # G N M h 3 d
+            bias = None if bias is None else self._by_head(bias)
+            x = packed.product(x, bias) if packed else linear(x, self._by_head(weight), bias)
+            x = x.unflatten(3, (heads, 3, -1))  # G N M h 3 d
             q, k, v = x.flatten(2, 3).unbind(3)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def pack_weights(self) -> None:
+        """Lay out the weight of queries, keys and values for inference."""
+        if can_pack(weight := self.qkv.weight):
+            self.packed_qkv = PackedWeight(weight, self._by_head(weight))
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """Rows (q | k | v, head, d) -> (head, q | k | v, d): windows and heads then merge without a copy."""
+        return rows.unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
     def relative_bias(self, window: int) -> Tensor:
         """What relative positions add to the logits of windows of side `window`: (h, N, N)."""

@@ -80,7 +80,7 @@ def test_the_literal_model_multiplies_by_pytorchs_own_linear(family, monkeypatch
     model, x = tiny(family)
     x = torch.cat([x] * 2)  # enough rows for a convolution
     twin = literal(model).eval()
-    monkeypatch.setattr("models.layers.linear._convolves", lambda: True)
+    monkeypatch.setattr("models.layers.linear.multiplies_by_onednn", lambda: True)
     monkeypatch.setattr("models.layers.linear._convolve", forbidden)
     twin(x)
     with pytest.raises(ConvolvedError):

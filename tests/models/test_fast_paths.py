@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.folding import fold_batch_norms
+from models import deployment
+from models.deployment import deploy
 from models.layers import activations, attention, eager, kernels, linear, window
 from models.layers.fourier import set_fourier_way
 from models.layers.grained import set_dense_evaluation
@@ -38,7 +39,8 @@ def plain_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
 def paths(request, monkeypatch):
     """Every choice that depends on machine, size or mode, forced one way; off, no fused kernel either."""
     on = request.param != "off"
-    monkeypatch.setattr(linear, "_convolves", lambda: on)
+    for module in (linear, deployment):
+        monkeypatch.setattr(module, "multiplies_by_onednn", lambda: on)
     monkeypatch.setattr(eager, "PIECE", 2**14 if on else 2**40)
     monkeypatch.setattr(kernels, "enabled", on)
     if not on:
@@ -61,7 +63,7 @@ def test_published_logits_whatever_path_is_taken(name, paths):
     set_fourier_way(model, "fft" if paths == "off" else "matmul")
     # Packed rows are as many as the images ask for: compiled graphs compute all queries.
     set_dense_evaluation(model, paths != "on")
-    run = model.eval() if paths == "off" else fold_batch_norms(model)
+    run = model.eval() if paths == "off" else deploy(model)
     if paths == "compiled":
         run = torch.compile(run, backend="eager")
     with torch.no_grad():
