@@ -36,6 +36,7 @@ from models.layers.mlp import Mlp
 from models.layers.point_sampling import PointSampledAttention
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.layers.tokens import pad_to_multiple, to_map, to_tokens
+from models.layers.window_mlp import WindowMlp
 from models.mixers import attention as attentions
 from models.mixers import convolution, plain
 from models.mixers import fourier as filters
@@ -235,7 +236,7 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     evit.ReorganisingBlock: mixers.reorganising_block,
     windows.WindowAttention: mixers.window_attention,
     windows.CosineWindowAttention: mixers.window_attention,
-    windows.WindowMlp: mixers.window_mlp,
+    WindowMlp: mixers.window_mlp,
     attentions.LocalWindowAttention: mixers.window_attention,
     attentions.ShiftedWindowAttention: mixers.window_attention,
     DilatedAttention: mixers.dilated_attention,

@@ -22,6 +22,8 @@ from models.layers.head_interaction import HIAttention
 from models.layers.precision import without_autocast
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.layers.tokens import pad_to_multiple, to_map, to_tokens
+from models.layers.window_mlp import WindowMlp
+from models.layers.window_partition import window_mask, window_partition, window_reverse
 from models.mixers import attention as attentions
 from models.mixers import fourier as filters
 
@@ -115,7 +117,7 @@ def window_attention(attn: windows.Windowed, x: Tensor, shift_mask: Tensor | Non
     """Swin, Sec. 3.2; V2, Sec. 3.3, has cosines and another `relative_bias`."""
     grid = (x.shape[1], x.shape[2])
     window, shift = attn.windows_on(grid)
-    x = windows.cut_windows(x, window, shift, by_image=False)[:, :, 0]  # B*n N C
+    x = window_partition(x, window, shift, by_image=False)[:, :, 0]  # B*n N C
     qkv = F.linear(x, attn.qkv.weight, attn.projection_bias())
     q, k, v = split_heads(qkv, attn.num_heads, 3)  # B*n h N d
     if isinstance(attn, windows.CosineWindowAttention):
@@ -127,23 +129,23 @@ def window_attention(attn: windows.Windowed, x: Tensor, shift_mask: Tensor | Non
     if shift or (any(side % window for side in grid) and not attn.fixed_windows):
         mask = shift_mask if grid == attn.grid else None
         if mask is None:
-            mask = windows.window_mask(grid, window, shift, not attn.fixed_windows, x.device)
+            mask = window_mask(grid, window, shift, not attn.fixed_windows, x.device)
         logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
     y = attn.proj_drop(attn.proj(merge_heads(logits.softmax(-1).to(v.dtype) @ v)))  # B*n N C
-    return windows.join_windows(y[:, None], grid, window, shift, heads=1)
+    return window_reverse(y[:, None], grid, window, shift, heads=1)
 
 
-def window_mlp(mlp: windows.WindowMlp, x: Tensor) -> Tensor:
+def window_mlp(mlp: WindowMlp, x: Tensor) -> Tensor:
     """Swin-MLP: a grouped convolution over the tokens of each window, heads first."""
     height, width = x.shape[1:3]
     w, heads = mlp.window, mlp.groups
     start = w - w // 2 if mlp.shifted and min(height, width) > w > 1 else 0
     x = F.pad(x, (0, 0, start, -(width + start) % w, start, -(height + start) % w))
     rows, columns = x.shape[1] // w, x.shape[2] // w
-    x = windows.cut_windows(x, w, 0, by_image=False)[:, :, 0]  # B*n N C
+    x = window_partition(x, w, 0, by_image=False)[:, :, 0]  # B*n N C
     x = x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(1, 2)  # B*n h*N d
     x = F.conv1d(x, mlp.weight, mlp.bias, groups=heads).unflatten(1, (heads, -1))  # B*n h N d
-    x = windows.join_windows(x, (rows * w, columns * w), w, 0, heads=heads)
+    x = window_reverse(x, (rows * w, columns * w), w, 0, heads=heads)
     return x[:, start : start + height, start : start + width]
 
 

@@ -25,8 +25,8 @@ from .layers.init import init_vit_, new_classifier
 from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.resize import resize_position_grid
-from .layers.tokens import pad_to_multiple
-from .layers.window import WindowAttention, space_to_depth
+from .layers.tokens import pad_to_multiple, space_to_depth
+from .layers.window import WindowAttention
 from .registry import register
 from .swin import StagePlan, plan_stages, set_stage_norms, stage_prefixes
 

@@ -21,8 +21,9 @@ from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
 from .layers.resize import resize_position_grid
-from .layers.tokens import to_pair
-from .layers.window import CosineWindowAttention, WindowAttention, WindowMlp, space_to_depth
+from .layers.tokens import space_to_depth, to_pair
+from .layers.window import CosineWindowAttention, WindowAttention
+from .layers.window_mlp import WindowMlp
 from .registry import register
 
 

@@ -38,7 +38,8 @@ from models.layers.fourier import set_fourier_way  # noqa: E402
 from models.layers.grained import GrainedQueries, set_dense_evaluation  # noqa: E402
 from models.layers.point_sampling import PointSampledAttention  # noqa: E402
 from models.layers.tokens import to_pair  # noqa: E402
-from models.layers.window import Windowed, WindowMlp  # noqa: E402
+from models.layers.window import Windowed  # noqa: E402
+from models.layers.window_mlp import WindowMlp  # noqa: E402
 from models.mixers.queries import KeptTokens  # noqa: E402
 from modes.build import build_placed, known_classes, load_weights, source_of  # noqa: E402
 

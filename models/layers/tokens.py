@@ -1,4 +1,4 @@
-"""Moves between maps (B, C, H, W) and token sequences (B, H*W, C), in raster order."""
+"""Moves between maps and token sequences in raster order, and what else changes shapes only."""
 
 from collections.abc import Sequence
 
@@ -35,3 +35,14 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     height, width = x.shape[-2:]
     right, bottom = -width % multiple, -height % multiple
     return F.pad(x, (0, right, 0, bottom)) if right or bottom else x
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C), missing neighbours 0.
+
+    Channel blocks in the order of patch merging: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+    """
+    if x.shape[1] % 2 or x.shape[2] % 2:  # padding by nothing copies
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 C
+    return x.permute(0, 1, 3, 4, 2, 5).flatten(3)

@@ -4,9 +4,9 @@ Papers:     Swin, arXiv:2103.14030, Sec. 3.2; Swin V2, arXiv:2111.09883, Sec. 3.
 Shapes:     B batch, C channels, H/W map, w window side, N = w*w tokens of a window, n windows,
             h heads, d head dim; maps are (B, H, W, C)
 
-Maps that are no multiple of the window are padded at the right and the bottom, and padded keys get
-weight 0. Window and shift follow the map at hand, so a model runs at any size as if it had been built
-for it, its bias table resized.
+Maps that are no multiple of the window are padded (`window_partition`), and padded keys get weight 0.
+Window and shift follow the map at hand, so a model runs at any size as if it had been built for it, its
+bias table resized.
 """
 
 import math
@@ -21,112 +21,19 @@ from .attention import biased_attention
 from .checks import check_heads
 from .linear import Linear, linear
 from .packed import PackedWeight, can_pack
-from .resize import FileGrid, resize_bias_table
+from .resize import resize_bias_table
 from .token_maps import attention_probabilities
-
-# Added to the logits of keys in another region of a shifted window; finite in the released models.
-OTHER_REGION = -100.0
+from .window_partition import (
+    effective_window,
+    relative_coords_table,
+    relative_position_index,
+    window_mask,
+    window_partition,
+    window_reverse,
+)
 
 # The largest additive tensor in bytes that one block keeps between evaluation forwards.
 CACHE_LIMIT = 32 * 2**20
-
-
-def effective_window(window_size: int, shift: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Window side and shift on a map (H, W): a window never exceeds the shorter side."""
-    return (window_size, shift) if min(grid) > window_size else (min(grid), 0)
-
-
-def space_to_depth(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4C), missing neighbours 0.
-
-    Channel blocks in the order of patch merging: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
-    """
-    if x.shape[1] % 2 or x.shape[2] % 2:  # padding by nothing copies
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # B H/2 2 W/2 2 C
-    return x.permute(0, 1, 3, 4, 2, 5).flatten(3)
-
-
-def relative_position_index(window: int, device: torch.device | None = None) -> Tensor:
-    """Row of the bias table for each (query, key) of a window: (N, N), int64."""
-    place = torch.arange(window, device=device)
-    row, column = place.repeat_interleave(window), place.repeat(window)
-    rows = row[:, None] - row + window - 1
-    columns = column[:, None] - column + window - 1
-    return rows * (2 * window - 1) + columns
-
-
-def relative_coords_table(
-    window: int, pretrained_window: int = 0, device: torch.device | None = None
-) -> Tensor:
-    """Log-spaced offsets (1, 2w-1, 2w-1, 2), rows first (Swin V2, Eq. 4), 8 px = 1.
-
-    Args:
-        pretrained_window: window that the offsets are measured in; 0 takes `window`.
-    """
-    # A window of one token has the offset 0 only, which stays 0 in any unit.
-    unit = max((pretrained_window or window) - 1, 1)
-    offset = torch.arange(1 - window, window, device=device, dtype=torch.float32) * 8 / unit
-    offset = offset.sign() * torch.log2(offset.abs() + 1) / 3
-    return torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1)[None]
-
-
-def window_mask(
-    grid: tuple[int, int],
-    window: int,
-    shift: int,
-    hide_padding: bool = True,
-    device: torch.device | None = None,
-) -> Tensor:
-    """What is added to the logits of each window: (n, N, N), float32.
-
-    0 where query and key come from one region of the map, `OTHER_REGION` where the cyclic shift
-    brought them together, -inf at padded keys (every window has a real one, and every query sees it).
-    """
-    regions, padding = [], []
-    for size in grid:
-        length = size + -size % window
-        place = torch.arange(length, device=device)
-        region = (place >= length - window).long() + (place >= length - shift).long()
-        regions.append(region if shift else torch.zeros_like(place))
-        padding.append((place + shift) % length >= size)
-    region = _cut_labels(3 * regions[0][:, None] + regions[1], window)  # n N
-    mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, OTHER_REGION)
-    if hide_padding:
-        padded = _cut_labels(padding[0][:, None] | padding[1], window)
-        mask = mask.masked_fill(padded[:, None, :], -math.inf)
-    return mask
-
-
-def _cut_labels(x: Tensor, window: int) -> Tensor:
-    """(H, W) -> (n, N)."""
-    x = x.unflatten(1, (-1, window)).unflatten(0, (-1, window))
-    return x.transpose(1, 2).reshape(-1, window * window)
-
-
-def cut_windows(x: Tensor, window: int, shift: int, by_image: bool) -> Tensor:
-    """(B, H, W, C) -> padded, shifted windows (B*n, N, 1, C), or (B, N, n, C) if `by_image`."""
-    height, width = x.shape[1:3]
-    if height % window or width % window:
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    if shift:
-        x = x.roll((-shift, -shift), (1, 2))
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # B H/w w W/w w C
-    if by_image:
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
-    return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(0, 2)[:, :, None]
-
-
-def join_windows(x: Tensor, grid: tuple[int, int], window: int, shift: int, heads: int) -> Tensor:
-    """Attention output (B*n, h, N, d) or (B, n*h, N, d) -> map (B, H, W, C), padding cut off."""
-    height, width = grid
-    rows, columns = -(-height // window), -(-width // window)
-    x = x.unflatten(2, (window, window))
-    x = x.reshape(-1, rows, columns, heads, window, window, x.shape[-1])
-    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
-    if shift:
-        x = x.roll((shift, shift), (1, 2))
-    return x[:, :height, :width]
 
 
 class Windowed(nn.Module):
@@ -211,22 +118,24 @@ class Windowed(nn.Module):
         masked = bool(shift) or padded
         # With masks all windows of an image share one batch entry, so that one mask per window
         # broadcasts over the batch.
-        q, k, v = self.project(cut_windows(x, window, shift, by_image=masked))
+        q, k, v = self.project(window_partition(x, window, shift, by_image=masked))
         bias = self._additive(grid, masked, shift_mask if grid == self.grid else None, q)
         x = biased_attention(q, k, v, bias, self.scale)
-        return self.proj_drop(self.proj(join_windows(x, grid, window, shift, self.num_heads)))
+        return self.proj_drop(self.proj(window_reverse(x, grid, window, shift, self.num_heads)))
 
     def attention_maps(self, x: Tensor, shift_mask: Tensor | None = None) -> dict[str, Tensor]:
         """What `forward` gets -> `attention` (B, h, H, W) to each position, the mean over its window's."""
         grid = (x.shape[1], x.shape[2])
         window, shift = self.windows_on(grid)
-        q, k, _ = self.project(cut_windows(x, window, shift, by_image=True))  # B n*h N d
+        q, k, _ = self.project(window_partition(x, window, shift, by_image=True))  # B n*h N d
         bias = self._build_additive(grid, True, shift_mask if grid == self.grid else None, q)
         # Padding asks no questions: the mean is over the real positions of a window.
-        real = cut_windows(x.new_ones(1, *grid, 1), window, shift, by_image=True)  # 1 N n 1
+        real = window_partition(x.new_ones(1, *grid, 1), window, shift, by_image=True)  # 1 N n 1
         real = real.expand(-1, -1, -1, self.num_heads).flatten(2).transpose(1, 2)[..., None]
         received = (attention_probabilities(q, k, self.scale, bias) * real).sum(-2) / real.sum(-2)
-        received = join_windows(received[..., None], grid, window, shift, self.num_heads)  # B H W h
+        received = window_reverse(
+            received[..., None], grid, window, shift, self.num_heads
+        )  # B H W h
         return {"attention": received.permute(0, 3, 1, 2)}
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,80 +324,3 @@ class CosineWindowAttention(Windowed):
         # Under autocast the norms are float32; the kernel wants one dtype.
         q = (F.normalize(q, dim=-1) * scale).to(v.dtype)
         return q, F.normalize(k, dim=-1).to(v.dtype), v
-
-
-class WindowMlp(nn.Conv1d):
-    """One matrix over the tokens of a window per head (Swin-MLP): parameters of a grouped Conv1d.
-
-    Shapes: (B, H, W, C) -> (B, H, W, C). The map is padded with zeros, which a linear map ignores; a
-    shift moves the windows by padding at the left and the top.
-
-    Args:
-        grid: map size (H, W) that the parameters are made for. The window is the same on every map.
-    """
-
-    def __init__(
-        self, num_heads: int, grid: tuple[int, int], window_size: int, shifted: bool = False
-    ):
-        window = min(window_size, *grid)
-        channels = num_heads * window**2
-        super().__init__(channels, channels, kernel_size=1, groups=num_heads)
-        self.grid = grid
-        self.window = window
-        self.shifted = shifted
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mix_windows(x, self.weight, self.bias, self.window, self.shifted)
-
-    def resize_table(self, name: str, old: Tensor, file_grid: FileGrid) -> Tensor | None:
-        """`weight` or `bias` of another window -> this window's, where it is the whole map.
-
-        What the file's windows do on that map is then one matrix: the top left corner of a larger one, or
-        a block per smaller window and 0 between them. So a model built at the file's size and this one
-        compute the same at this one's size.
-
-        Raises:
-            ValueError: the map has several windows, which no one matrix can serve.
-        """
-        own, heads = self.get_parameter(name), self.groups
-        window = math.isqrt(old.shape[0] // heads) if old.ndim else 0
-        area = window**2
-        if old.shape != (heads * area, area, 1)[: own.ndim]:
-            return None
-        if window == self.window:
-            return old
-        if self.grid != (self.window, self.window):
-            raise ValueError(
-                f"Swin-MLP mixes windows of {window}x{window} in the file and of "
-                f"{self.window}x{self.window} on this model's map of {self.grid[0]}x{self.grid[1]}; "
-                "only for one window that is the whole map there are such weights: build the model with "
-                "DATA.IMG_SIZE and WINDOW_SIZE of the file, it runs at any size"
-            )
-        if name == "weight":  # a map for each position, 1 there and 0 elsewhere
-            x = torch.eye(self.window**2, dtype=old.dtype, device=old.device)
-            x = x.view(-1, *self.grid, 1).expand(-1, -1, -1, heads)
-            x = mix_windows(x, old, old.new_zeros(len(old)), window, self.shifted)
-        else:
-            x = old.new_zeros(1, *self.grid, heads)
-            x = mix_windows(x, old.new_zeros(len(old), area), old, window, self.shifted)
-        return x.permute(3, 1, 2, 0).reshape(own.shape)
-
-
-def mix_windows(x: Tensor, weight: Tensor, bias: Tensor, window: int, shifted: bool) -> Tensor:
-    """`WindowMlp` with parameters for windows of side `window`: (B, H, W, C) -> (B, H, W, C).
-
-    A map that fits into one window is not shifted.
-    """
-    height, width = x.shape[1:3]
-    heads = len(bias) // window**2
-    start = window - window // 2 if shifted and min(height, width) > window > 1 else 0
-    right, bottom = -(width + start) % window, -(height + start) % window
-    x = F.pad(x, (0, 0, start, right, start, bottom))
-    # Heads first and windows beside the channels: one batched product for all windows.
-    x = x.unflatten(3, (heads, -1)).unflatten(2, (-1, window)).unflatten(1, (-1, window))
-    x = x.permute(5, 2, 4, 0, 1, 3, 6)  # h w w B H/w W/w d
-    shape = x.shape
-    x = x.flatten(3).flatten(1, 2)  # h N B*n*d
-    x = torch.baddbmm(bias.view(heads, -1, 1), weight.view(heads, -1, window**2), x).view(shape)
-    x = x.permute(3, 4, 1, 5, 2, 0, 6).flatten(5).flatten(3, 4).flatten(1, 2)
-    return x[:, start : start + height, start : start + width]

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 
 from models.layers import attention as module
 from models.layers.attention import biased_attention
-from models.layers.window import (
-    CosineWindowAttention,
-    WindowAttention,
-    WindowMlp,
+from models.layers.tokens import space_to_depth
+from models.layers.window import CosineWindowAttention, WindowAttention
+from models.layers.window_mlp import WindowMlp
+from models.layers.window_partition import (
     relative_coords_table,
     relative_position_index,
-    space_to_depth,
     window_mask,
 )
 from tests.reference.window_attention import window_attention
