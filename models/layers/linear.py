@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         """act(self(x)); of a packed layer in one operation, if it can be, which no hook sees."""
         packed = self.packed
         if packed is not None and fuses(act) and packed.suits(x, self.weight):
-            return packed.product(x, self.bias, act)
+            return packed.product(x, self.weight, self.bias, act)
         return act(self(x))
 
 
@@ -61,7 +61,7 @@ class PointwiseConv2d(nn.Conv2d):
         """(B, H, W, C) -> (B, H, W, out), activated; see `Linear.activated`."""
         packed = self.packed
         if packed is not None and (act is None or fuses(act)) and packed.suits(x, self.weight):
-            return packed.product(x, self.bias, act)
+            return packed.product(x, self.weight, self.bias, act)
         x = linear(x, self.weight.flatten(1), self.bias)
         return x if act is None else act(x)
 
@@ -71,7 +71,7 @@ def linear(
 ) -> Tensor:
     """(..., in) x (out, in) -> (..., out), as `F.linear`; by `packed`, made of `weight`, where it suits."""
     if packed is not None and packed.suits(x, weight):
-        return packed.product(x, bias)
+        return packed.product(x, weight, bias)
     if not _suits_convolution(x, weight):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():

@@ -5,9 +5,13 @@ out once: a pass of one image through EViT-S took 44 ms instead of 57, of eight 
 of an AMD EPYC of family 25). It is for copies of a model that are not trained; see `models/deployment.py`.
 """
 
+import itertools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import GELU, SiLU
@@ -16,8 +20,22 @@ from .eager import eager_on_cpu
 # Rows that oneDNN is told to expect; the layout serves any number of them.
 _EXPECTED_ROWS = 1024
 
-# Activations that oneDNN computes while it writes the product.
-_FUSED = {GELU: ("gelu", "none"), SiLU: ("swish", "")}
+# Activations that oneDNN computes while it writes the product, by its names.
+_FUSED = {GELU: "gelu", SiLU: "swish"}
+
+_PLAIN = {"gelu": F.gelu, "swish": F.silu, "none": lambda y: y}
+
+_NUMBERS = itertools.count()
+_BY_NUMBER: weakref.WeakValueDictionary[int, "PackedWeight"] = weakref.WeakValueDictionary()
+
+
+# A parameter -> weight (out, in).
+Arrange = Callable[[Tensor], Tensor]
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """That of a linear layer, or of a 1x1 convolution."""
+    return weight.flatten(1)
 
 
 class PackedWeight:
@@ -25,37 +43,56 @@ class PackedWeight:
 
     Args:
         source: the parameter. Once something writes to it through PyTorch (not `source.data`) or
-            replaces it, the packed weight suits no input any more.
-        weight: what to pack, a rearrangement of `source`; itself, flattened, if that is not given.
+            replaces it, it is multiplied by and not the packed weight.
+        arrange: makes the weight of the parameter.
     """
 
-    def __init__(self, source: Tensor | None = None, weight: Tensor | None = None):
-        self._tensor = None
-        if source is None or source.is_inference():
+    def __init__(self, source: Tensor | None = None, arrange: Arrange = _matrix):
+        self.is_empty = source is None or source.is_inference()
+        if self.is_empty:
             return
-        weight = source.flatten(1) if weight is None else weight
         with torch.no_grad():
-            self._tensor = torch.ops.mkldnn._reorder_linear_weight(
-                weight.detach().contiguous(), _EXPECTED_ROWS
-            )
+            weight = arrange(source.detach()).contiguous()
+            self._tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
         self._in_features = weight.shape[1]
+        self.arrange = arrange
         self._source = (source.data_ptr(), source._version)
+        self.number = next(_NUMBERS)
+        _BY_NUMBER[self.number] = self
 
     def suits(self, x: Tensor, source: Tensor) -> bool:
-        """Whether `product` gives what the parameter `source` now says for inputs (..., in) like `x`."""
+        """Whether `product` gives what the parameter `source` now says for inputs (..., in) like `x`.
+
+        Compilers do not ask whether `source` has changed: what they make of `product` asks at each call.
+        """
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         return (
-            eager_on_cpu(x)  # first: compilers do not know packed tensors
-            and self._tensor is not None
+            not self.is_empty
+            and (compiled or eager_on_cpu(x))
+            and x.device.type == "cpu"
             and x.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and x.shape[-1] == self._in_features
-            and (source.data_ptr(), source._version) == self._source
+            and (compiled or self.is_of(source))
         )
 
-    def product(self, x: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> Tensor:
+    def is_of(self, source: Tensor) -> bool:
+        """Whether `source` is the parameter that was packed, and nothing has written to it since."""
+        return (source.data_ptr(), source._version) == self._source
+
+    def product(
+        self, x: Tensor, source: Tensor, bias: Tensor | None, act: nn.Module | None = None
+    ) -> Tensor:
         """act(x weight^T + bias): (..., in) -> (..., out); `act` is one that `fuses`."""
-        name, algorithm = ("none", "") if act is None else _FUSED[type(act)]
+        name = "none" if act is None else _FUSED[type(act)]
+        if torch.compiler.is_compiling():
+            return _packed_linear(x, source, bias, name, self.number)
+        return self.compute(x, bias, name)
+
+    def compute(self, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+        """`product` with an activation by oneDNN's name."""
+        algorithm = "none" if name == "gelu" else ""
         return torch.ops.mkldnn._linear_pointwise(x, self._tensor, bias, name, [], algorithm)
 
     def __deepcopy__(self, memo: dict) -> "PackedWeight":
@@ -63,6 +100,21 @@ class PackedWeight:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeight, ()
+
+
+# Compilers know neither packed tensors nor these objects, but numbers.
+@torch.library.custom_op("mixlab::packed_linear", mutates_args=(), device_types="cpu")
+def _packed_linear(x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: int) -> Tensor:
+    packed = _BY_NUMBER[number]
+    if packed.is_of(source):
+        return packed.compute(x, bias, act)
+    y = F.linear(x, packed.arrange(source), bias)
+    return _PLAIN[act](y)
+
+
+@_packed_linear.register_fake
+def _(x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], source.shape[0]))
 
 
 def fuses(act: nn.Module) -> bool:

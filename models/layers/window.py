@@ -148,7 +148,11 @@ class Windowed(nn.Module):
             q, k, v = x.unbind(2)
         else:
             bias = None if bias is None else self._by_head(bias)
-            x = packed.product(x, bias) if packed else linear(x, self._by_head(weight), bias)
+            x = (
+                packed.product(x, weight, bias)
+                if packed
+                else linear(x, self._by_head(weight), bias)
+            )
             x = x.unflatten(3, (heads, 3, -1))  # G N M h 3 d
             q, k, v = x.flatten(2, 3).unbind(3)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -156,7 +160,7 @@ class Windowed(nn.Module):
     def pack_weights(self) -> None:
         """Lay out the weight of queries, keys and values for inference."""
         if can_pack(weight := self.qkv.weight):
-            self.packed_qkv = PackedWeight(weight, self._by_head(weight))
+            self.packed_qkv = PackedWeight(weight, self._by_head)
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """Rows (q | k | v, head, d) -> (head, q | k | v, d): windows and heads then merge without a copy."""
