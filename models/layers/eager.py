@@ -6,8 +6,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-# Values of the widest map of a piece, for what makes a few of them: 16 MiB of float32 per two threads.
-PIECE = 2**22
+# Values of the widest map of a piece, for what makes a few of them: 8 MiB of float32 per two threads.
+PIECE = 2**21
 
 # Positions that linear layers have in a piece at least: their weights are laid out anew for each piece.
 POSITIONS = 1600
