@@ -61,7 +61,9 @@ class ConvStem(nn.Module):
     def _layers(self, x: Tensor) -> Tensor:
         if self._trains_plainly(x):
             (first, *others), *rest = self.proj
-            x = nn.Sequential(*others, *rest)(self._affine_convolution(first, x))
+            x = self._affine_convolution(first, x)
+            for layer in (*others, *rest):
+                x = layer(x)
         else:
             x = self.proj(self.pre_affine(x))
         return self.post_affine(x)
