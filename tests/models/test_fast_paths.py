@@ -67,5 +67,7 @@ def test_published_logits_whatever_path_is_taken(name, paths):
     if paths == "compiled":
         run = torch.compile(run, backend="eager")
     with torch.no_grad():
+        if paths == "on":
+            run(golden.images[:1])  # tables are kept from then on
         logits = run(golden.images)
     assert relative_error(logits, golden.arrays["logits"]) < 1e-4
