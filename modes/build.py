@@ -28,6 +28,7 @@ from utils.checkpoint import (
 )
 from utils.distributed import Runtime
 from utils.ema import ModelEma
+from utils.memory import keep_freed_memory
 from utils.seeding import seed_everything, set_deterministic
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ def set_up(config: CfgNode, runtime: Runtime) -> Amp:
     create_logger(output_dir(config), runtime.rank, config.MODEL.NAME)
     seed_everything(config.SEED)  # the same on all processes, for the same initial weights
     set_deterministic(config.DETERMINISTIC, sizes_vary(config))
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
     amp = Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     amp.set_float32_precision()
     return amp
