@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import eager_on_cpu
-from .packed import PackedWeight, fuses
+from .packed import PackedWeight
 
 # Below, setting up the convolution costs more than it saves.
 _MIN_ROWS = 64
@@ -41,10 +41,9 @@ class Linear(nn.Linear):
 
     def activated(self, x: Tensor, act: nn.Module) -> Tensor:
         """act(self(x)); of a packed layer in one operation, if it can be, which no hook sees."""
-        packed = self.packed
-        if packed is not None and fuses(act) and packed.suits(x, self.weight):
-            return packed.product(x, self.weight, self.bias, act)
-        return act(self(x))
+        if self.packed is None:
+            return act(self(x))
+        return linear(x, self.weight, self.bias, self.packed, act)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -59,19 +58,24 @@ class PointwiseConv2d(nn.Conv2d):
 
     def on_map(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, out), activated; see `Linear.activated`."""
-        packed = self.packed
-        if packed is not None and (act is None or fuses(act)) and packed.suits(x, self.weight):
-            return packed.product(x, self.weight, self.bias, act)
-        x = linear(x, self.weight.flatten(1), self.bias)
-        return x if act is None else act(x)
+        return linear(x, self.weight.flatten(1), self.bias, self.packed, act)
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: PackedWeight | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+    act: nn.Module | None = None,
 ) -> Tensor:
-    """(..., in) x (out, in) -> (..., out), as `F.linear`; by `packed`, made of `weight`, where it suits."""
+    """(..., in) -> (..., out), as `F.linear`, activated; by `packed`, made of `weight`, where it suits."""
     if packed is not None and packed.suits(x, weight):
-        return packed.product(x, weight, bias)
+        return packed.product(x, weight, bias, act)
+    y = _linear_by_weight(x, weight, bias)
+    return y if act is None else act(y)
+
+
+def _linear_by_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _suits_convolution(x, weight):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
@@ -189,7 +193,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.mixlab.linear)
+@register_flop_formula([torch.ops.mixlab.linear, torch.ops.mixlab.packed_linear])
 def _flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     """Two per multiply-add, as PyTorch counts."""
     return 2 * math.prod(x_shape) * weight_shape[0]

@@ -84,11 +84,13 @@ class PackedWeight:
     def product(
         self, x: Tensor, source: Tensor, bias: Tensor | None, act: nn.Module | None = None
     ) -> Tensor:
-        """act(x weight^T + bias): (..., in) -> (..., out); `act` is one that `fuses`."""
-        name = "none" if act is None else _FUSED[type(act)]
+        """act(x weight^T + bias): (..., in) -> (..., out), in one operation if oneDNN knows `act`."""
+        name = _FUSED.get(type(act), "none")
         if torch.compiler.is_compiling():
-            return _packed_linear(x, source, bias, name, self.number)
-        return self.compute(x, bias, name)
+            y = _packed_linear(x, source, bias, name, self.number)
+        else:
+            y = self.compute(x, bias, name)
+        return y if act is None or name != "none" else act(y)
 
     def compute(self, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         """`product` with an activation by oneDNN's name."""
@@ -115,11 +117,6 @@ def _packed_linear(x: Tensor, source: Tensor, bias: Tensor | None, act: str, num
 @_packed_linear.register_fake
 def _(x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], source.shape[0]))
-
-
-def fuses(act: nn.Module) -> bool:
-    """Whether `PackedWeight.product` can compute `act`."""
-    return type(act) in _FUSED
 
 
 def can_pack(weight: Tensor) -> bool:

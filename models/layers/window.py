@@ -133,10 +133,8 @@ class Windowed(nn.Module):
         real = window_partition(x.new_ones(1, *grid, 1), window, shift, by_image=True)  # 1 N n 1
         real = real.expand(-1, -1, -1, self.num_heads).flatten(2).transpose(1, 2)[..., None]
         received = (attention_probabilities(q, k, self.scale, bias) * real).sum(-2) / real.sum(-2)
-        received = window_reverse(
-            received[..., None], grid, window, shift, self.num_heads
-        )  # B H W h
-        return {"attention": received.permute(0, 3, 1, 2)}
+        received = window_reverse(received[..., None], grid, window, shift, self.num_heads)
+        return {"attention": received.permute(0, 3, 1, 2)}  # B h H W
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows (G, N, M, C) -> q, k, v (G, M*h, N, d), all views of one matrix product."""

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.layers import linear as module
 from models.layers.linear import Linear
+from models.layers.packed import PackedWeight
 from tests.models.layers.kernels.tools import assert_sound
 
 
@@ -182,6 +183,14 @@ def test_gradients_of_strided_inputs_have_the_layout_that_compilers_expect():
 def test_flops_of_a_compiled_layer_are_counted():
     with FlopCounterMode(display=False) as counter:
         torch.ops.mixlab.linear(torch.randn(2, 5, 8), torch.randn(6, 8), None)
+    assert counter.get_total_flops() == 2 * 10 * 8 * 6
+
+
+def test_flops_of_a_compiled_packed_layer_are_counted():
+    weight = torch.randn(6, 8)
+    packed = PackedWeight(weight)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.mixlab.packed_linear(torch.randn(2, 5, 8), weight, None, "none", packed.number)
     assert counter.get_total_flops() == 2 * 10 * 8 * 6
 
 
