@@ -25,5 +25,5 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
             conv, norm = module.get_submodule(first), module.get_submodule(second)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FOLDABLE):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
-                setattr(module, second, nn.Identity())
+                setattr(module, second, nn.Identity().eval())
     return model

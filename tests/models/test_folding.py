@@ -44,3 +44,8 @@ def test_no_variant_keeps_a_batch_norm(name):
 def test_a_norm_that_follows_no_convolution_stays():
     layers = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
     assert norms(fold_batch_norms(layers)) == ["0", "3"]
+
+
+def test_every_part_of_a_folded_model_is_in_evaluation_mode():
+    folded = fold_batch_norms(create_model("dhvt_tiny_cifar_patch4", num_classes=10))
+    assert not [name for name, module in folded.named_modules() if module.training]
