@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .eager import eager_on_cpu, is_eager, piece
 from .precision import without_autocast
+from .table_cache import Constants
 
 FOURIER_WAYS = ("auto", "fft", "matmul")
 
@@ -33,7 +34,7 @@ FOURIER_WAYS = ("auto", "fft", "matmul")
 _SMALL, _LARGE = 64, 200
 
 _CHOICES: dict[tuple[Any, ...], str] = {}
-_TABLES: dict[tuple[Any, ...], Tensor] = {}
+_TABLES = Constants(limit=256)
 
 
 def fourier_filter(
@@ -380,23 +381,11 @@ def _dft_basis(like: Tensor, n: int) -> Tensor:
 
 def _kept(make: Callable[..., Tensor], lengths: tuple[int, ...], like: Tensor) -> Tensor:
     """`make(*lengths, device)` in the type and on the device of `like`, made once."""
-    device = like.device
     # In double precision, which not all accelerators have. A compiler makes the table in each pass: a
     # CPU's would be copied to the GPU each time.
-    where = device if device.type == "cuda" else torch.device("cpu")
-    if torch.compiler.is_compiling():  # nothing is kept, and exporters cannot save the contexts
-        return make(*lengths, where).to(like)
-    key = (make, lengths, like.dtype, device)
-    if (kept := _TABLES.get(key)) is not None:
-        return kept
-    # An inference tensor in the table could not be used by a later training step.
-    with torch.inference_mode(False), torch.no_grad():
-        table = make(*lengths, where).to(like)
-    if type(table) is Tensor:
-        if len(_TABLES) >= 256:
-            _TABLES.clear()  # many sizes come by in detection; the tables are cheap to make again
-        _TABLES[key] = table
-    return table
+    where = like.device if like.device.type == "cuda" else torch.device("cpu")
+    key = (make, lengths, like.dtype, like.device)
+    return _TABLES.get(key, lambda: make(*lengths, where).to(like.device, like.dtype))
 
 
 def _make_pair_scale(height: int, width: int, device: torch.device) -> Tensor:

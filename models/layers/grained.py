@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .attention import merge_heads, split_heads
+from .table_cache import Constants
 from .tokens import Size, to_map, to_tokens
 
 # What a block adds to queries (L, C): `change(rows, lengths)`, with `lengths` as in `ragged_attention`.
@@ -27,7 +28,7 @@ Change = Callable[[Tensor, Tensor | None], Tensor]
 # How probable the first granularity is before training.
 FIRST_PROB = 0.95
 
-_LAYOUTS: dict[tuple, "Layout"] = {}
+_LAYOUTS = Constants(limit=64)
 
 
 class Routing(NamedTuple):
@@ -181,8 +182,9 @@ class GrainedQueries(nn.Module):
         )
 
     def layout(self, size: Size, extra: int, device: torch.device) -> "Layout":
-        """The index tables for maps of `size` after `extra` tokens."""
-        return _layout(size, self.region, tuple(self.steps), extra, device)
+        """The index tables for maps of `size` after `extra` tokens; blocks of a stage share them."""
+        key = (size, self.region, tuple(self.steps), extra, device)
+        return _LAYOUTS.get(key, lambda: _make_layout(*key))
 
 
 def set_dense_evaluation(model: nn.Module, enable: bool) -> None:
@@ -231,23 +233,6 @@ class Layout(NamedTuple):
     region_of_token: Tensor  # (H*W,)
     cover: Tensor  # (S, H*W), the candidate that covers a token, extra tokens counted
     patches: Tensor  # (R, S) float32, patches of a region
-
-
-def _layout(
-    size: Size, region: int, steps: tuple[int, ...], extra: int, device: torch.device
-) -> Layout:
-    """Made once per size; all blocks of a stage share it."""
-    key = (size, region, steps, extra, device)
-    if (kept := _LAYOUTS.get(key)) is not None:
-        return kept
-    # Inference tensors kept here could not be used by a later training step.
-    with torch.inference_mode(False), torch.no_grad():
-        layout = _make_layout(*key)
-    if type(layout.cover) is Tensor and not torch.compiler.is_compiling():
-        if len(_LAYOUTS) >= 64:  # many sizes come by in detection
-            _LAYOUTS.clear()
-        _LAYOUTS[key] = layout
-    return layout
 
 
 def _make_layout(

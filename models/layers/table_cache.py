@@ -1,9 +1,41 @@
-"""Resized tables that are kept while nothing writes to the table that they come from."""
+"""Tables that are made once: those of sizes alone, and resized ones while nothing writes to their source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Constants:
+    """What depends on sizes, type and device alone, made once in a process.
+
+    Nothing is kept while a compiler records the operations, or of a fake or functional mode.
+
+    Args:
+        limit: where so many are kept, all are forgotten: many sizes come by in detection, and what is
+            kept must be cheap to make again.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._kept: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Tensor | tuple[Tensor, ...]]) -> Any:
+        """`make()`, or what it gave for this `key`."""
+        if torch.compiler.is_compiling():
+            return make()
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        # An inference tensor kept here could not be used by a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        tensors = (made,) if isinstance(made, Tensor) else made
+        if all(type(tensor) is Tensor for tensor in tensors):
+            if len(self._kept) >= self._limit:
+                self._kept.clear()
+            self._kept[key] = made
+        return made
 
 
 class TableCache:
@@ -27,7 +59,6 @@ class TableCache:
             return resize(table)
         entry = self._entries.get(name)
         if entry is None or not _is_current(entry, table, size):
-            # An inference tensor kept here could not be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 entry = (size, table._version, table.detach(), resize(table))
             self._entries[name] = entry
