@@ -41,8 +41,9 @@ def measure_throughput(
         model: bare or compiled, on its device; its mode is restored afterwards.
         image_size: pixels, one side or (height, width).
         budget_s: seconds that everything may take, roughly; None is 20 on a CPU and unlimited elsewhere.
-            Numbers of passes are lowered to fit, with a warning, and reported as run. At least one
-            warm-up and one timed pass are run, so a very slow model exceeds it.
+            Numbers of passes are lowered to fit, with a warning, and reported as run. The first pass at
+            each batch size, which may compile the model, is not counted; at least one warm-up and one
+            timed pass are run, so a very slow model exceeds it.
 
     Returns:
         img_per_s (median of the repeats), img_per_s_min, img_per_s_max, img_per_s_spread ((max - min) /
@@ -123,11 +124,13 @@ def _plan(
     wanted: tuple[int, int, int],
     budget_s: float | None,
 ) -> tuple[int, int, int]:
-    """(warm-up, iterations, repeats) that fit into the budget, judged by one pass."""
+    """(warm-up, iterations, repeats) that fit into the budget, judged by the second pass."""
     if budget_s is None:
         return wanted
+    run()  # compiles, measures ways, makes tables
+    _synchronize(device)
     start = time.perf_counter()
-    run()  # the first pass is slower than the rest, so that the plan errs on the short side
+    run()
     _synchronize(device)
     affordable = int(budget_s / (time.perf_counter() - start)) - 1
     warmup, iterations, repeats = wanted

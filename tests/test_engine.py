@@ -141,15 +141,19 @@ def test_throughput_reports_what_it_ran():
 
 
 class Counting(nn.Module):
-    """Counts forwards by batch size, in eval mode and without gradients; each takes its own time."""
+    """Counts forwards by batch size, in eval mode and without gradients.
 
-    def __init__(self, seconds=0.0):
+    Each takes `seconds` per image, and the first of each size `compiling` more.
+    """
+
+    def __init__(self, seconds=0.0, compiling=0.0):
         super().__init__()
-        self.seconds, self.sizes, self.clock = seconds, [], 0.0
+        self.seconds, self.compiling, self.sizes, self.clock = seconds, compiling, [], 0.0
 
     def forward(self, x):
         assert not self.training
         assert torch.is_inference_mode_enabled()
+        self.clock += 0.0 if len(x) in self.sizes else self.compiling
         self.sizes.append(len(x))
         self.clock += self.seconds * len(x)
         return x
@@ -158,8 +162,8 @@ class Counting(nn.Module):
 def test_the_default_protocol_is_that_of_swin_with_repeats():
     model = Counting()
     result = measure(model, budget_s=1e9)
-    # One pass more of each size looks at the budget.
-    assert model.sizes == [2] * (1 + 50 + 3 * 30) + [1] * (1 + 50 + 3 * 30)
+    # Two passes more of each size: one may compile, one looks at the budget.
+    assert model.sizes == [2] * (2 + 50 + 3 * 30) + [1] * (2 + 50 + 3 * 30)
     assert (result["warmup"], result["iterations"], result["repeats"]) == (50, 30, 3)
 
 
@@ -175,7 +179,17 @@ def test_a_slow_model_gets_fewer_passes_and_exact_figures(monkeypatch, caplog, s
     assert result["latency_ms_p50"] == pytest.approx(1000 * seconds)
     assert result["latency_ms_p95"] == pytest.approx(1000 * seconds)
     if seconds < 1:
-        assert 10 < model.clock <= 20
+        assert 10 < model.clock <= 20 + 3 * seconds
         assert result["latency_passes"] >= 5
     else:
-        assert model.sizes == [2] * 3 + [1] * 3  # one to plan, one to warm up, one to time
+        assert model.sizes == [2] * 4 + [1] * 4  # two to plan, one to warm up, one to time
+
+
+def test_the_time_that_a_compiler_takes_leaves_the_plan_alone(monkeypatch):
+    plans = []
+    for compiling in (0.0, 60.0):
+        model = Counting(0.5, compiling)
+        monkeypatch.setattr("time.perf_counter", lambda model=model: model.clock)
+        result = measure(model, budget_s=20.0)
+        plans.append((result["iterations"], result["repeats"], result["latency_passes"]))
+    assert plans[0] == plans[1]
