@@ -65,17 +65,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     machine = fingerprint(torch.device(args.device))
-    rows = []
+    folder = args.output / machine_folder(machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
     for name in args.models:
         for compiled in (False, True):
             row = throughput(name, args.batch_size, compiled, ["DEVICE", args.device])
             print(f"{name}, compile {compiled}: {row['img_per_s']:.1f} images/s", flush=True)
             rows.append(row)
-    folder = args.output / machine_folder(machine)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"throughput_{args.device}_{rows[0]['dtype']}"
-    path.with_suffix(".json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
-    path.with_suffix(".md").write_text(to_markdown(rows, machine))
+        # After each model, so that one that fails costs nothing but its own row.
+        path = folder / f"throughput_{args.device}_{rows[0]['dtype']}"
+        path.with_suffix(".json").write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
+        path.with_suffix(".md").write_text(to_markdown(rows, machine))
     return rows
 
 
