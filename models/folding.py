@@ -20,7 +20,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     for module in model.modules():
         names = getattr(module, "conv_norm_pairs", ())
         if isinstance(module, nn.Sequential):
-            names = pairwise(name for name, _ in module.named_children())
+            names = pairwise(module._modules)  # those that are there twice, too
         for first, second in names:
             conv, norm = module.get_submodule(first), module.get_submodule(second)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FOLDABLE):

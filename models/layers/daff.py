@@ -71,7 +71,8 @@ class DAFF(nn.Module):
 def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
     """Convolution, batch norm (or none) and activation of a map (B, H, W, C); norms merge in evaluation."""
     weight, bias = conv.weight, conv.bias
-    if norm.training:
+    # Pruned or normalised weights are made by a hook of the layer.
+    if norm.training or not isinstance(weight, nn.Parameter):
         x = norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return x if act is None else act(x)
     if isinstance(norm, nn.Identity) and isinstance(conv, PointwiseConv2d):

@@ -40,10 +40,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self.packed)
 
     def activated(self, x: Tensor, act: nn.Module) -> Tensor:
-        """act(self(x)); of a packed layer in one operation, if it can be, which no hook sees."""
-        if self.packed is None:
+        """act(self(x)); of a packed layer in one operation, if it can be and no hook wants to see it."""
+        if self.packed is None or _has_hooks(self) or _has_hooks(act):
             return act(self(x))
         return linear(x, self.weight, self.bias, self.packed, act)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -58,7 +62,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     def on_map(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, out), activated; see `Linear.activated`."""
-        return linear(x, self.weight.flatten(1), self.bias, self.packed, act)
+        return linear(x, self.weight, self.bias, self.packed, act)
 
 
 def linear(
@@ -68,10 +72,14 @@ def linear(
     packed: PackedWeight | None = None,
     act: nn.Module | None = None,
 ) -> Tensor:
-    """(..., in) -> (..., out), as `F.linear`, activated; by `packed`, made of `weight`, where it suits."""
+    """(..., in) -> (..., out), as `F.linear`, activated; by `packed`, made of `weight`, where it suits.
+
+    Args:
+        weight: (out, in), or that of a 1x1 convolution.
+    """
     if packed is not None and packed.suits(x, weight):
         return packed.product(x, weight, bias, act)
-    y = _linear_by_weight(x, weight, bias)
+    y = _linear_by_weight(x, weight.flatten(1), bias)
     return y if act is None else act(y)
 
 
@@ -193,7 +201,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula([torch.ops.mixlab.linear, torch.ops.mixlab.packed_linear])
+@register_flop_formula(torch.ops.mixlab.linear)
 def _flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     """Two per multiply-add, as PyTorch counts."""
     return 2 * math.prod(x_shape) * weight_shape[0]

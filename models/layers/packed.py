@@ -6,6 +6,7 @@ of an AMD EPYC of family 25). It is for copies of a model that are not trained; 
 """
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from .activations import GELU, SiLU
 from .eager import eager_on_cpu
@@ -42,9 +45,13 @@ class PackedWeight:
     """A copy of a weight (out, in) for products without gradients; copies and pickles of it are empty.
 
     Args:
-        source: the parameter. Once something writes to it through PyTorch (not `source.data`) or
-            replaces it, it is multiplied by and not the packed weight.
+        source: the parameter. It is multiplied by itself, and not the packed weight, while it requires
+            gradients and once something has written to it or replaced it. Two ways to write leave no
+            trace: `source.data`, and optimizers with `fused=True`.
         arrange: makes the weight of the parameter.
+
+    Attributes:
+        number: stands for it in compiled code; a tensor, as compilers make code for each plain number.
     """
 
     def __init__(self, source: Tensor | None = None, arrange: Arrange = _matrix):
@@ -54,11 +61,13 @@ class PackedWeight:
         with torch.no_grad():
             weight = arrange(source.detach()).contiguous()
             self._tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
-        self._in_features = weight.shape[1]
+        number = next(_NUMBERS)
+        self.number = torch.tensor(number, device="cpu")
         self.arrange = arrange
-        self._source = (source.data_ptr(), source._version)
-        self.number = next(_NUMBERS)
-        _BY_NUMBER[self.number] = self
+        self._in_features = weight.shape[1]
+        # Alive, so that no other weight can come to lie at its address.
+        self._source, self._version = source.detach(), source._version
+        _BY_NUMBER[number] = self
 
     def suits(self, x: Tensor, source: Tensor) -> bool:
         """Whether `product` gives what the parameter `source` now says for inputs (..., in) like `x`.
@@ -72,14 +81,21 @@ class PackedWeight:
             and x.device.type == "cpu"
             and x.dtype == torch.float32
             and not torch.is_grad_enabled()
+            and not source.requires_grad
             and not torch.is_autocast_enabled("cpu")
             and x.shape[-1] == self._in_features
-            and (compiled or self.is_of(source))
+            and (compiled or (self.is_of(source) and not _have_tangents(x, source)))
         )
 
     def is_of(self, source: Tensor) -> bool:
         """Whether `source` is the parameter that was packed, and nothing has written to it since."""
-        return (source.data_ptr(), source._version) == self._source
+        if source.is_inference():  # has no version
+            return False
+        try:
+            address = source.data_ptr()
+        except RuntimeError:  # one of a transform, such as torch.vmap over weights
+            return False
+        return (address, source._version) == (self._source.data_ptr(), self._version)
 
     def product(
         self, x: Tensor, source: Tensor, bias: Tensor | None, act: nn.Module | None = None
@@ -95,6 +111,7 @@ class PackedWeight:
     def compute(self, x: Tensor, bias: Tensor | None, name: str) -> Tensor:
         """`product` with an activation by oneDNN's name."""
         algorithm = "none" if name == "gelu" else ""
+        bias = None if bias is None else bias.contiguous()  # its strides are not looked at
         return torch.ops.mkldnn._linear_pointwise(x, self._tensor, bias, name, [], algorithm)
 
     def __deepcopy__(self, memo: dict) -> "PackedWeight":
@@ -104,10 +121,17 @@ class PackedWeight:
         return PackedWeight, ()
 
 
+def _have_tangents(*tensors: Tensor) -> bool:
+    """Whether derivatives are carried forward with any of them, which the operator would drop."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
 # Compilers know neither packed tensors nor these objects, but numbers.
 @torch.library.custom_op("mixlab::packed_linear", mutates_args=(), device_types="cpu")
-def _packed_linear(x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: int) -> Tensor:
-    packed = _BY_NUMBER[number]
+def _packed_linear(
+    x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: Tensor
+) -> Tensor:
+    packed = _BY_NUMBER[int(number)]
     if packed.is_of(source):
         return packed.compute(x, bias, act)
     y = F.linear(x, packed.arrange(source), bias)
@@ -115,15 +139,31 @@ def _packed_linear(x: Tensor, source: Tensor, bias: Tensor | None, act: str, num
 
 
 @_packed_linear.register_fake
-def _(x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: int) -> Tensor:
+def _(x: Tensor, source: Tensor, bias: Tensor | None, act: str, number: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], source.shape[0]))
 
 
+_HAS_OPERATORS = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)
+
+_COUNTED = [torch.ops.mixlab.packed_linear]
+if _HAS_OPERATORS:
+    _COUNTED.append(torch.ops.mkldnn._linear_pointwise)
+
+
+@register_flop_formula(_COUNTED)
+def _flops(x_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Two per multiply-add, as PyTorch counts."""
+    return 2 * math.prod(x_shape) * out_shape[-1]
+
+
 def can_pack(weight: Tensor) -> bool:
-    """Whether this PyTorch has the operators, and `weight` is one for them."""
+    """Whether this PyTorch has the operators, and `weight` is a parameter for them."""
     return (
-        weight.device.type == "cpu"
+        _HAS_OPERATORS
+        and isinstance(weight, nn.Parameter)  # others, pruned or normalised, are made anew
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and weight.numel() > 0
     )

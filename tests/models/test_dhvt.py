@@ -98,6 +98,17 @@ def test_daff_updates_its_statistics_in_training_and_uses_them_in_evaluation():
     assert mlp.bn2.num_batches_tracked == 1
 
 
+@torch.no_grad()
+def test_daff_in_evaluation_takes_the_pruned_weights_of_now():
+    module, x = DAFF(8).eval(), torch.randn(2, 5, 7, 8)
+    prune.l1_unstructured(module.conv1, "weight", 0.5)
+    module(x)
+    module.conv1.weight_orig.mul_(3)
+    found = module(x)
+    module.conv1(x.permute(0, 3, 1, 2))  # its hook prunes again
+    torch.testing.assert_close(found, module(x))
+
+
 def test_head_interacted_attention_equals_its_definition():
     attn = fill_module_(HIAttention(24, 4))
     tokens = torch.randn(2, 1 + 15, 24)

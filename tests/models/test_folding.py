@@ -49,3 +49,14 @@ def test_a_norm_that_follows_no_convolution_stays():
 def test_every_part_of_a_folded_model_is_in_evaluation_mode():
     folded = fold_batch_norms(create_model("dhvt_tiny_cifar_patch4", num_classes=10))
     assert not [name for name, module in folded.named_modules() if module.training]
+
+
+@torch.no_grad()
+def test_an_activation_that_is_there_twice_stands_between_convolution_and_norm():
+    act = nn.ReLU()
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), act, nn.BatchNorm2d(4))
+    layers.extend([nn.Conv2d(4, 4, 1), act, nn.BatchNorm2d(4)])
+    for norm in (layers[2], layers[5]):
+        norm.running_mean.fill_(0.5)
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(fold_batch_norms(layers)(x), layers.eval()(x))
