@@ -46,13 +46,14 @@ def to_markdown(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
         f"`main.py --throughput`: {device}, {machine['threads']} threads; torch {machine['torch']}; "
         f"{rows[0]['dtype']}, batch {rows[0]['batch_size']}; commit {machine['commit']}",
         "",
-        "| model | compile | images/s | latency ms, p50 / p95 | memory MiB |",
-        "|---|---|---:|---:|---:|",
+        "| model | compile | images/s | latency ms, p50 / p95 | passes timed, of one image | memory MiB |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
             f"| {row['model']} | {'on' if row['compile'] else 'off'} | {row['img_per_s']:.1f} | "
-            f"{row['latency_ms_p50']:.1f} / {row['latency_ms_p95']:.1f} | {row['peak_memory_mib']:.0f} |"
+            f"{row['latency_ms_p50']:.1f} / {row['latency_ms_p95']:.1f} | "
+            f"{row['iterations'] * row['repeats']}, {row['latency_passes']} | {row['peak_memory_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

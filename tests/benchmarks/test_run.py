@@ -268,10 +268,11 @@ def test_results_of_one_mode_do_not_overwrite_those_of_another(modes, channels_l
 def test_the_table_of_throughput_has_a_line_per_model_and_compile_mode():
     row = dict(model="a", img_per_s=12.34, latency_ms_p50=5.0, latency_ms_p95=6.0)
     row |= dict(peak_memory_mib=100.4, dtype="float32", batch_size=8)
+    row |= dict(iterations=5, repeats=3, latency_passes=40)
     machine = dict(cpu="EPYC", threads=2, torch="2.15", commit="abc")
     table = throughput.to_markdown([row | dict(compile=on) for on in (False, True)], machine)
-    assert "| a | off | 12.3 | 5.0 / 6.0 | 100 |" in table
-    assert "| a | on | 12.3 | 5.0 / 6.0 | 100 |" in table
+    assert "| a | off | 12.3 | 5.0 / 6.0 | 15, 40 | 100 |" in table
+    assert "| a | on | 12.3 | 5.0 / 6.0 | 15, 40 | 100 |" in table
     assert "EPYC, 2 threads; torch 2.15; float32, batch 8; commit abc" in table
 
 
