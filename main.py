@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             barrier()  # a launcher ends all when the first is gone: not before it is said
             cleanup()
     mode = next((run for key, run in MODES.items() if config[key]), train)
-    try:
-        mode(config, runtime)
-    finally:
-        cleanup()
+    mode(config, runtime)
+    # Not where it failed: the others may be waiting for this process, and leaving together waits for them. It
+    # ends instead, and the launcher ends them.
+    cleanup()
 
 
 if __name__ == "__main__":

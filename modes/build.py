@@ -1,11 +1,12 @@
 """What a run is made of, built from the config: models on their devices, weights, averages."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from yacs.config import CfgNode
 
@@ -116,7 +117,10 @@ def hyper_parameters(config: CfgNode, optimizer: torch.optim.Optimizer) -> list[
     names = ["betas", "eps", "momentum"]
     if config.TRAIN.WEIGHT_DECAY_END is None:
         names.append("weight_decay")
-    return [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+    return [
+        {k: group[k] for k in names if k in group} | dict(lr_scale=group.get("lr_scale", 1.0))
+        for group in optimizer.param_groups
+    ]
 
 
 def load_weights(
@@ -173,7 +177,21 @@ def check_weights(
         state = load_file(source.path, mapped=True)
         parts = ["model", "optimizer", "scheduler", "scaler", *["ema"] * config.TRAIN.EMA.ENABLE]
         check_training_state(state, source.path, parts, classes)
+        _check_optimizer(config, state, source.path)
         restore(model, state, "model", source.path, assign=True)
+
+
+def _check_optimizer(config: CfgNode, state: Mapping[str, Any], path: str) -> None:
+    """ValueError if the training state of a file is that of another optimizer than the config's."""
+    if not state.get("config"):
+        return
+    own = config.TRAIN.OPTIMIZER.NAME
+    saved = yaml.safe_load(state["config"])["TRAIN"]["OPTIMIZER"]["NAME"]
+    if saved.lower() != own.lower():
+        raise ValueError(
+            f"TRAIN.OPTIMIZER.NAME='{own}' cannot go on with the state of '{saved}' in {path}: train with "
+            f"'{saved}', or start a run with another --tag, from these weights with --pretrained {path}"
+        )
 
 
 def find_source(config: CfgNode, mode: str, last: Path) -> Source:

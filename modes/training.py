@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,14 +99,15 @@ class TrainingRun:
         """Train from where the weights' source left off, scoring and saving as the config says."""
         start = time.time()
         epoch, batch = self.config.TRAIN.START_EPOCH, 0
+        done = None
         if self.source.kind == "resume":
-            epoch, batch = self.resume()
+            epoch, batch, done = self.resume()
         elif self.fresh_head:
             # It would find nothing in any image, and take as long as a trained one.
             _LOG.info("not scored before training: %s is fresh", ", ".join(self.fresh_head[:3]))
         elif self.source.kind == "pretrained":
             _LOG.info("before training: %s", self.task.describe(self.score()))
-        step = epoch * self.schedule.steps_per_epoch + math.ceil(batch / self.window)
+        step = self.step_at(epoch, batch, done)
         if self.runtime.is_main:
             (self.folder / "config.yaml").write_text(dump(self.config))
         if epoch >= self.epochs:
@@ -118,6 +120,23 @@ class TrainingRun:
         seconds = time.time() - start
         _LOG.info("Training time %s", duration(seconds))
         self.summarise(seconds)
+
+    def step_at(self, epoch: int, batch: int, done: int | None) -> int:
+        """Number of the first step of a run that starts here; `epochs` becomes where it ends.
+
+        Args:
+            done: steps of the run that is continued. TRAIN.MAX_STEPS counts them as they were made, and
+                TRAIN.EPOCHS in steps of today's size.
+        """
+        per_epoch = self.schedule.steps_per_epoch
+        # The rest of a window is a step to come, but at the end of the epoch there is no rest.
+        in_epoch = per_epoch if batch == len(self.data.train) else batch // self.window
+        if done is None or not self.config.TRAIN.MAX_STEPS:
+            return epoch * per_epoch + in_epoch
+        left = max(self.schedule.total_steps - done, 0)
+        begun = 1 if batch else 0  # at the end of the run too: it may not have been scored
+        self.epochs = epoch + max(begun, math.ceil((in_epoch + left) / per_epoch))
+        return done
 
     def run_epoch(
         self, trained: nn.Module, writer: MetricsWriter, epoch: int, first_batch: int, step: int
@@ -146,7 +165,7 @@ class TrainingRun:
             log_every=config.PRINT_FREQ,
             on_log=lambda record: writer.write("train", record["step"], record),
             save_every=config.SAVE_STEPS,
-            on_save=lambda step, batch: self.checkpointer.save(self.progress(epoch, step, batch)),
+            on_save=lambda step, batch: self.save_within(epoch, step, batch),
         )
         _LOG.info("EPOCH %d training takes %s", epoch, duration(time.time() - start))
         final = epoch + 1 == self.epochs
@@ -162,6 +181,11 @@ class TrainingRun:
         report_skipped([self.data.train, self.data.val])
         return result.step
 
+    def save_within(self, epoch: int, step: int, batch: int) -> None:
+        """Save in the middle of an epoch; its end is scored before, which a resumed run would leave out."""
+        if batch < len(self.data.train) and step < self.schedule.total_steps:
+            self.checkpointer.save(self.progress(epoch, step, batch))
+
     def progress(self, epoch: int, step: int, batch: int) -> dict[str, Any]:
         """Where training is, as a checkpoint holds it: the next batch, and the steps done."""
         sampler = self.data.train.state(batch)
@@ -169,19 +193,25 @@ class TrainingRun:
             epoch, batch = epoch + 1, 0
         return dict(epoch=epoch, step=step, batch=batch, sampler=sampler)
 
-    def resume(self) -> tuple[int, int]:
-        """Restore the run's state -> (epoch, batch) to continue with, in batches of today's size."""
+    def resume(self) -> tuple[int, int, int]:
+        """Restore the run's state -> (epoch, batch) to continue with, in batches of today, and steps done."""
         settings = hyper_parameters(self.config, self.optimizer)
         progress = self.checkpointer.resume(fetch(self.source.path))
         for group, current in zip(self.optimizer.param_groups, settings, strict=True):
+            group.setdefault("lr_scale", 1.0)  # timm's schedulers read it so
             changed = {k: v for k, v in current.items() if group[k] != v}
             if changed:
                 _LOG.warning("taken from the config, not from the checkpoint: %s", changed)
                 group.update(changed)
-        if not (self.checkpointer.folder / "best.pth").is_file():
-            self.checkpointer.best = None  # it lies in another folder: this one gets its own
+        folder = self.checkpointer.folder
+        continued = Path(self.source.path).resolve() == (folder / "last.pth").resolve()
+        if not continued or not (folder / "best.pth").is_file():
+            self.checkpointer.best = None  # it is not in this folder, which gets its own
         epoch, batch = self.data.train.load_state(progress["sampler"])
-        return (epoch + 1, 0) if batch == len(self.data.train) else (epoch, batch)
+        # An epoch that ends here only by today's batches has not been scored.
+        if batch == len(self.data.train) and progress["batch"] == 0:
+            epoch, batch = epoch + 1, 0
+        return epoch, batch, progress["step"]
 
     def scored_model(self) -> AbstractContextManager[nn.Module]:
         """The averaged model, if there is one, else the trained one; in one piece on this device."""

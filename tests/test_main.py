@@ -69,6 +69,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def last_state(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+
+
+def lines(folder: Path) -> list[dict]:
+    """What the run recorded."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Output folder of a finished smoke run."""
@@ -287,6 +296,112 @@ def test_a_run_that_was_cut_by_max_steps_can_be_made_longer():
     folder = run("--opts", "TRAIN.MAX_STEPS", "10")
     last = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["progress"]
     assert (last["epoch"], last["batch"], last["step"]) == (2, 2, 10)
+
+
+def test_max_steps_counts_the_steps_that_were_made():
+    """Steps of two batch sizes are not a whole number of epochs of either."""
+    run("--opts", "TRAIN.MAX_STEPS", "4")
+    folder = run("--batch-size", "4", "--opts", "TRAIN.MAX_STEPS", "8")
+    assert last_state(folder)["progress"]["step"] == 8
+    assert "Train: [1/2][3/8]" in (folder / "log_rank0.txt").read_text()
+    folder = run("--batch-size", "16", "--opts", "TRAIN.MAX_STEPS", "11")
+    assert last_state(folder)["progress"]["step"] == 11
+    scored = [line["step"] for line in lines(folder) if line["kind"] == "eval"]
+    assert scored[-1] == 11
+
+
+def test_a_run_that_max_steps_ended_is_scored_and_summed_up():
+    run("--opts", "TRAIN.MAX_STEPS", "6")
+    for _ in range(2):
+        folder = run("--opts", "TRAIN.MAX_STEPS", "6")
+        assert last_state(folder)["progress"]["step"] == 6
+        assert "of 0 to 1\n" in (folder / "log_rank0.txt").read_text().rpartition("Summary")[2]
+    with interrupted_after_saving(step=3):
+        run("--tag", "cut", "--opts", "SAVE_STEPS", "3")
+    run("--tag", "cut", "--opts", "TRAIN.MAX_STEPS", "3")
+    assert json.loads(Path("out/smoke_cls/cut/eval.json").read_text())["epoch"] == 0
+
+
+def test_an_epoch_that_ends_by_todays_batches_is_scored():
+    size = ("--opts", "DATA.SYNTHETIC.TRAIN_SIZE", "30", "TRAIN.EPOCHS", "1")
+    with interrupted_after_saving(step=6):  # after 24 images, where two batches of 12 end too
+        run("--batch-size", "4", *size, "SAVE_STEPS", "6")
+    folder = run("--batch-size", "12", *size)
+    assert [line["epoch"] for line in lines(folder) if line["kind"] == "eval"] == [0]
+
+
+def test_a_step_is_counted_where_its_window_ends():
+    """In the middle of a window of today the rest of it makes a step."""
+    with interrupted_after_saving(step=1):
+        run("--opts", "SAVE_STEPS", "1")  # after 8 of 32 images
+    options = ["--batch-size", "4", "--accumulation-steps", "4"]
+    folder = run(*options, "--opts", "TRAIN.EPOCHS", "1")
+    progress = last_state(folder)["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (1, 0, 2)
+
+
+def test_the_last_epoch_is_scored_after_a_kill_in_its_evaluation(monkeypatch):
+    calls = []
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("--opts", "SAVE_STEPS", "2", "TRAIN.EPOCHS", "1")
+    folder = run("--opts", "SAVE_STEPS", "2", "TRAIN.EPOCHS", "1")
+    assert [line["epoch"] for line in lines(folder) if line["kind"] == "eval"] == [0]
+
+
+def test_rates_of_the_config_win_over_those_of_the_checkpoint():
+    run("--opts", "TRAIN.EPOCHS", "1", "TRAIN.LR_MULTIPLIERS", "['head=10']")
+    folder = run("--opts", "TRAIN.EPOCHS", "2", "TRAIN.LR_MULTIPLIERS", "['head=3']")
+    groups = last_state(folder)["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {1.0, 3.0}
+
+
+def test_another_optimizer_cannot_go_on(capsys):
+    run("--opts", "TRAIN.EPOCHS", "1")
+    with pytest.raises(SystemExit):
+        run("--optim", "sgd", "--opts", "TRAIN.EPOCHS", "2")
+    assert "NAME='sgd' cannot go on with the state of 'adamw'" in capsys.readouterr().err
+
+
+def test_the_best_of_another_run_is_not_that_of_this_one(trained):
+    run("--opts", "TRAIN.EPOCHS", "1")
+    state = last_state(trained)
+    state["best"]["value"] = 1000.0
+    torch.save(state, "other.pth")
+    folder = run(
+        "--resume", "other.pth", "--opts", "TRAIN.EPOCHS", "3", "TRAIN.AUTO_RESUME", "False"
+    )
+    best = torch.load(folder / "checkpoints" / "best.pth", weights_only=True)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    assert evaluation["epoch"] == best["metrics"]["epoch"] == 2
+
+
+def test_a_failed_run_does_not_wait_for_the_others_on_its_way_out(monkeypatch):
+    """Trap: one process out of memory leaves the process group, which waits for those in a collective."""
+    left = []
+    monkeypatch.setattr(program, "cleanup", lambda: left.append(1))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "train", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run()
+    assert not left
+    run("--info")
+    assert left
+
+
+def test_opts_may_be_given_again():
+    _, own, _ = parse_args(["--cfg", "x", "--opts", "A", "1", "--tag", "t", "--opts", "B", "2"])
+    assert own.opts == ["A", "1", "B", "2"]
 
 
 def test_weight_decay_of_the_config_wins_over_that_of_the_checkpoint():
