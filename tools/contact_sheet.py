@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--draws", type=int, default=3, help="augmentations of each, columns")
     parser.add_argument("--side", type=int, default=480, help="pixels of a sample, at most")
     parser.add_argument("--output", type=Path, help="picture file, instead of the run's folder")
-    parser.add_argument("--opts", metavar="KEY VALUE", nargs="+", default=[], help="config keys")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
+    )
     args = parser.parse_args(argv)
     flags = {} if args.data_path is None else {"DATA.DATA_PATH": args.data_path}
     try:

@@ -311,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="DIR", help="folder; by default that of the experiment")
     parser.add_argument("--dynamic-size", action="store_true", help="leave the image size open")
     parser.add_argument("--fold", action="store_true", help="fold batch norms into convolutions")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     for package in ("modes", "models"):  # alone: the ONNX exporter logs every node

@@ -209,7 +209,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     )
     parser.add_argument("--linear", action="store_true", help="logistic regression on all images")
     parser.add_argument("--c", type=float, default=1.0, help="inverse L2 penalty of the regression")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
+    )
     args = parser.parse_args(argv)
     if not (args.knn or args.shots or args.linear):
         parser.error("nothing to do: give --knn, --shots or --linear")

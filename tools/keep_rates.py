@@ -92,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         "--rates", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], help="in (0, 1]"
     )
     parser.add_argument("--output", type=Path, help="JSON file, instead of the run's folder")
-    parser.add_argument("--opts", metavar="KEY VALUE", nargs="+", default=[], help="config keys")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
+    )
     args = parser.parse_args(argv)
     flags = {"MODEL.RESUME": args.resume, "EVAL_MODE": True}
     if args.data_path is not None:

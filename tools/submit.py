@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import load_config, output_dir  # noqa: E402  found through the line above
+from config import MODE_KEYS, load_config, output_dir  # noqa: E402  found through the line above
 from utils.arguments import parse_args  # noqa: E402
 
 TIMEOUT_MIN = 24 * 60
@@ -126,6 +126,11 @@ def submit(arguments: Sequence[str], options: argparse.Namespace) -> Any:
     """
     _, own, flags = parse_args(arguments)
     config = load_config(own.cfg, own.opts, flags)
+    if not config.TRAIN.AUTO_RESUME and not any(config[key] for key in MODE_KEYS):
+        raise ValueError(
+            "TRAIN.AUTO_RESUME=False: a job that is queued again would start over and overwrite what it had. "
+            "Leave it True, and give the run a folder of its own with --tag"
+        )
     submitit = _import_submitit()
     folder = Path(options.folder or output_dir(config) / "jobs").absolute()
     requeues = options.requeues
@@ -179,8 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--mem", type=float, help="memory per machine, GB")
     for name in ("partition", "account", "qos", "constraint", "comment", "exclude", "nodelist"):
         add(f"--{name}", help=f"as in sbatch --{name}")
-    add("--extra", nargs="+", default=[], metavar="KEY=VALUE", help="any other option of sbatch")
-    add("--setup", nargs="+", default=[], metavar="LINE", help="shell lines before the job")
+    more: dict[str, Any] = dict(nargs="+", action="extend", default=[])
+    add("--extra", metavar="KEY=VALUE", help="any other option of sbatch", **more)
+    add("--setup", metavar="LINE", help="shell lines before the job", **more)
     add("--name", help="of the job; the model's if not given")
     add("--requeues", type=int, default=10, help="how often a job whose time is up goes on")
     add("--signal-delay", type=int, default=120, help="seconds of warning before the end")

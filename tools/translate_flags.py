@@ -52,10 +52,14 @@ def _average(keep: bool, _: argparse.Namespace) -> Settings:
     return {"TRAIN.EMA.ENABLE": keep} | ({"TRAIN.EMA.EVALUATE": False} if keep else {})
 
 
-def _data_set(name: str, _: argparse.Namespace) -> Settings:
+def _data_set(name: str, values: argparse.Namespace) -> Settings:
     formats = dict(IMNET="imagenet", CIFAR="cifar100", INAT="inat2018", INAT19="inat2019")
     if name in _DOMAINS:
-        return {"DATA.DATASET": "domainnet", "DATA.DOMAINNET.DOMAINS": [name]}
+        settings: Settings = {"DATA.DATASET": "domainnet", "DATA.DOMAINNET.DOMAINS": [name]}
+        # There it is the folder of the domain, here that of all of them.
+        if values.data_path and Path(values.data_path).name == name:
+            settings["DATA.DATA_PATH"] = str(Path(values.data_path).parent)
+        return settings
     known = {**formats, "CIFAR-10": "cifar10"}
     if name not in known:
         raise ValueError(f"--data-set {name} must be one of {[*known, *_DOMAINS]}")
@@ -268,6 +272,8 @@ def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
     path = _file_of(values)
     plain = load_config(path)
     settings = _settings(values, plain.MODEL.TYPE.lower())
+    if settings["DATA.DATASET"] != plain.DATA.DATASET and plain.MODEL.NUM_CLASSES is not None:
+        settings["MODEL.NUM_CLASSES"] = None  # those of the data, as there
     config = load_config(path, [word for item in settings.items() for word in item])
     settings = {key: _at(config, key) for key in settings}
     differing = {key: value for key, value in settings.items() if value != _at(plain, key)}

@@ -64,7 +64,12 @@ def parse_args(
     )
     parser.add_argument("--cfg", metavar="FILE", required=True, help="the experiment's YAML file")
     parser.add_argument(
-        "--opts", metavar="KEY VALUE", nargs="+", default=[], help="any config keys"
+        "--opts",
+        metavar="KEY VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="any config keys; may be given again",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=None, help="passed by older launchers"

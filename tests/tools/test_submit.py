@@ -215,6 +215,10 @@ def test_times_are_read_as_slurm_writes_them(text, expected):
         (["--local", "--", "--cfg", SMOKE, "--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
         (["--local", "--", "--cfg", SMOKE, "--batchsize", "3"], "--batch-size"),
         (["--local", "--", "--cfg", "none.yaml"], "none.yaml does not exist"),
+        (
+            ["--local", "--", "--cfg", SMOKE, "--opts", "TRAIN.AUTO_RESUME", "False"],
+            "TRAIN.AUTO_RESUME=False",
+        ),
         (["--local", "--nodes", "2", "--", "--cfg", SMOKE], "--local is this machine only"),
         (["--local", "--gpus", "-1", "--", "--cfg", SMOKE], "--gpus -1 must be at least 0"),
         (["--local", "--processes", "0", "--", "--cfg", SMOKE], "--processes 0 must be"),

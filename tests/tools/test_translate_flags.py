@@ -116,6 +116,22 @@ def test_every_flag_of_the_five_programs_is_in_the_table():
             "dhvt/dhvt_tiny_imagenet_patch16",
             {"DATA.DATASET": "domainnet", "DATA.DOMAINNET.DOMAINS": ["clipart"]},
         ),
+        # Its programs are told the folder of the domain.
+        (
+            "--model dhvt_tiny_imagenet_patch16 --batch-size 128 --warmup-epochs 10 --data-set clipart "
+            "--data-path ./data/domain/clipart/",
+            "dhvt/dhvt_tiny_imagenet_patch16",
+            {
+                "DATA.DATASET": "domainnet", "DATA.DOMAINNET.DOMAINS": ["clipart"],
+                "DATA.DATA_PATH": "data/domain",
+            },
+        ),
+        # A variant has the classes of its own data.
+        (
+            "--model dhvt_tiny_cifar_patch4 --data-set CIFAR-10 --input-size 32 --batch-size 256 --lr 1e-3",
+            "dhvt/dhvt_tiny_cifar_patch4",
+            {"DATA.DATASET": "cifar10", "MODEL.NUM_CLASSES": None},
+        ),
         (
             "--model dhvt_tiny_imagenet_patch16 --batch-size 128 --warmup-epochs 10 --use-lmdb",
             "dhvt/dhvt_tiny_imagenet_patch16",
