@@ -92,7 +92,7 @@ class ImageDataset(Dataset):
         return f"image {index} of {len(self)}"
 
     def cache(self, indices: Sequence[int]) -> None:
-        """Keep these samples in memory; called once, before workers start. Does nothing by default."""
+        """Keep these samples in memory; called for each loader, before its workers start. Here: nothing."""
 
 
 class ArrayImages(ImageDataset):

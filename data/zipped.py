@@ -117,19 +117,30 @@ class _Archive:
         return content
 
     def cache(self, indices: Sequence[int]) -> None:
-        """Read members into one array, which forked workers share; damaged ones are left to `read`."""
-        sizes = self._table[np.asarray(indices, dtype=np.int64), 2]
-        self._cached = np.empty(int(sizes.sum()), dtype=np.uint8)
+        """Read members into one array, which forked workers share; damaged ones are left to `read`.
+
+        What was in memory before and is not listed is no longer; does nothing if all of them are.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and (self._cached_at[indices] >= 0).all():
+            return
+        sizes = self._table[indices, 2]
+        cached, cached_at = (
+            np.empty(int(sizes.sum()), dtype=np.uint8),
+            np.full_like(self._cached_at, -1),
+        )
         start = 0
-        for index, size in zip(indices, sizes.tolist(), strict=True):
+        for index, size in zip(indices.tolist(), sizes.tolist(), strict=True):
             try:
                 content = self.read(index)
             except (zipfile.BadZipFile, zlib.error):
                 continue
-            self._cached[start : start + size] = np.frombuffer(content, dtype=np.uint8)
-            self._cached_at[index] = start
+            cached[start : start + size] = np.frombuffer(content, dtype=np.uint8)
+            cached_at[index] = start
             start += size
-        _LOG.info("%s: %d images, %.1f MiB in memory", self.path, len(indices), start / 2**20)
+        self._cached, self._cached_at = cached, cached_at
+        count = int((cached_at >= 0).sum())
+        _LOG.info("%s: %d images, %.1f MiB in memory", self.path, count, start / 2**20)
 
     def _open(self) -> BinaryIO:
         # Forked workers share the position of an inherited file, so each process opens its own.

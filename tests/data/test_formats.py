@@ -170,6 +170,18 @@ def test_cached_images_are_not_read_again(tmp_path, write_images, write_zip):
         fresh[1]
 
 
+def test_an_archive_can_be_cached_again(tmp_path, write_images, write_zip):
+    """Evaluation sets share the images, and each has a loader."""
+    write_images(tmp_path, {"cat": 2, "dog": 3})
+    write_zip(tmp_path, "train")
+    zipped = create_dataset("imagenet", str(tmp_path), "train", zip_mode=True)
+    expected = contents(zipped)
+    for indices in (range(3), [4, 1], [1], range(5), range(5)):
+        zipped.cache(indices)
+        for found, wanted in zip(contents(zipped), expected, strict=True):
+            assert np.array_equal(np.asarray(found[0]), np.asarray(wanted[0]))
+
+
 def test_a_damaged_member_of_a_zip_is_noticed_and_not_cached(tmp_path, write_images, write_zip):
     write_images(tmp_path, {"cat": 2})
     write_zip(tmp_path, "train")
