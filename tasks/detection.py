@@ -54,7 +54,7 @@ class DetectionTask:
 
         `boxes` (N, 4) xyxy in pixels of the stored image and within it, `scores` (N,), `labels` (N,); with
         a mask head `masks`, run-length codes of the stored image's size, as COCO's json has them; `bad`, the
-        number of detections that were left out because they are not finite.
+        number of the head's outputs that are nan and of its detections that are not finite, all left out.
         """
         return [
             _to_original(found, target)
@@ -177,6 +177,7 @@ def encode_masks(masks: Tensor, boxes: Tensor, size: Sequence[int]) -> list[dict
 def _to_original(found: Mapping[str, Tensor], target: Target) -> Detection:
     """Detections in pixels of the transformed image -> of the stored one."""
     found = {name: value.detach().cpu() for name, value in found.items()}
+    bad = int(found.get("bad", 0))
     boxes, scores = found["boxes"].float(), found["scores"].float()
     finite = boxes.isfinite().all(dim=1) & scores.isfinite()
     (height, width), (h, w) = target["original_size"], target["size"]
@@ -187,7 +188,7 @@ def _to_original(found: Mapping[str, Tensor], target: Target) -> Detection:
         boxes=boxes[finite],
         scores=scores[finite],
         labels=found["labels"][finite],
-        bad=int((~finite).sum()),
+        bad=bad + int((~finite).sum()),
     )
     if "masks" in found:
         detection["masks"] = encode_masks(

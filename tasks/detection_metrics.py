@@ -36,7 +36,7 @@ class ImageResult:
         boxes: (N, 4), xyxy, NumPy, as `scores` (N,) and `labels` (N,).
         masks: RLE of each detection; None where the model makes no masks.
         annotations: dicts of COCO, whose `category_id` is the label.
-        bad: detections that were left out because they are not finite.
+        bad: what was left out because it is nan or infinite.
     """
 
     image_id: int | str
@@ -187,7 +187,7 @@ class CocoEvaluator:
             raise ValueError("nothing to evaluate: the loaders of all processes are empty")
         if bad := sum(image.bad > 0 for image in self._evaluated):
             raise FloatingPointError(
-                f"detections in {bad} of {len(images)} images are nan or infinite: the weights are damaged, "
+                f"outputs for {bad} of {len(images)} images are nan or infinite: the weights are damaged, "
                 "or half precision overflows (try AMP_ENABLE False)"
             )
         if not self.record and not any(True for image in self._evaluated for _ in _objects(image)):

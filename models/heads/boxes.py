@@ -10,7 +10,7 @@ anchor nearest to a box to another box if it overlaps that one more.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -206,6 +206,14 @@ def best_candidates(
         found.append([column[kept] for column in columns])
     boxes, scores, classes, levels = (torch.cat(column) for column in zip(*found, strict=True))
     return boxes, scores, classes, levels
+
+
+def count_nan(outputs: Iterable[Tensor]) -> Tensor:
+    """How many rows of outputs (n, ...) hold a nan: 0-D, on their device.
+
+    Comparisons with nan are false, so that such rows become no detections at all.
+    """
+    return sum(x.flatten(1).isnan().any(dim=1).sum() for x in outputs)
 
 
 def first_map(features: list[dict[str, int]], num_maps: int) -> int:

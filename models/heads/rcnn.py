@@ -27,6 +27,7 @@ from .boxes import (
     best_candidates,
     check_overlaps,
     clip,
+    count_nan,
     decode,
     encode,
     flatten_level,
@@ -283,7 +284,8 @@ class TwoStageHead(DetectionHead):
 
         Losses: "rpn_cls", "rpn_box", and "cls", "box", "mask" (with the stage's number if there are several).
         Detections: per image boxes (n, 4) in pixels of `images`, clipped to its `size`, scores (n,), labels
-        (n,), 0 ... K-1, the highest score first, and with masks their probabilities (n, 28, 28) in the boxes.
+        (n,), 0 ... K-1, the highest score first, and with masks their probabilities (n, 28, 28) in the boxes;
+        bad, the number of outputs that are nan.
         """
         levels = self.levels(maps)
         logits, deltas = self.rpn(levels)
@@ -293,7 +295,10 @@ class TwoStageHead(DetectionHead):
         sizes = image_sizes(images, targets)
         proposals = self._propose(logits, deltas, anchors, sizes)
         if not self.training:
-            return self._detect(levels, proposals, sizes)
+            detections = self._detect(levels, proposals, sizes)
+            for i, found in enumerate(detections):
+                found["bad"] = found["bad"] + count_nan(level[i] for level in (*logits, *deltas))
+            return detections
         with torch.autocast(images.device.type, enabled=False):
             losses = self._rpn_losses(logits, deltas, anchors, targets, sizes)
         return losses | self._stage_losses(levels, proposals, targets, sizes)
@@ -431,10 +436,12 @@ class TwoStageHead(DetectionHead):
     ) -> list[dict[str, Tensor]]:
         """Proposals (n_i, 4) of each image -> its detections."""
         counts = [len(boxes) for boxes in proposals]
-        logits = []
+        logits, bad = [], [0] * len(counts)
         for number, (stage, head) in enumerate(zip(self.stages, self.box_heads, strict=True)):
             logit, deltas = head(self._pool(levels, proposals, self.roi_size))
             logits.append(logit)
+            parts = zip(logit.split(counts), deltas.split(counts), strict=True)
+            bad = [before + count_nan(part) for before, part in zip(bad, parts, strict=True)]
             boxes = [
                 clip(decode(part, b[:, None], stage.weights), size)
                 for part, b, size in zip(deltas.split(counts), proposals, sizes, strict=True)
@@ -443,7 +450,9 @@ class TwoStageHead(DetectionHead):
                 proposals = [b[:, 0] for b in boxes]
         # The stages' logits are averaged, as in mmdet (Detectron: their probabilities).
         scores = torch.stack(logits).mean(dim=0).softmax(dim=-1).split(counts)
-        detections = [self._select(b, s) for b, s in zip(boxes, scores, strict=True)]
+        detections = [
+            self._select(b, s) | dict(bad=n) for b, s, n in zip(boxes, scores, bad, strict=True)
+        ]
         if self.needs_masks:
             self._add_masks(levels, detections)
         return detections

@@ -20,6 +20,7 @@ from .boxes import (
     IGNORED,
     best_candidates,
     check_overlaps,
+    count_nan,
     encode,
     flatten_level,
     image_sizes,
@@ -104,7 +105,7 @@ class RetinaNetHead(DetectionHead):
         """Maps of `features`, images (B, C, H, W) -> losses "cls" and "box", or detections in evaluation.
 
         Detections: per image boxes (n, 4) in pixels of `images`, clipped to its `size`, scores (n,) and
-        labels (n,), 0 ... K-1, the highest score first.
+        labels (n,), 0 ... K-1, the highest score first; bad, the number of outputs that are nan.
         """
         levels = self.levels(maps)
         logits, deltas = [], []
@@ -193,7 +194,9 @@ class RetinaNetHead(DetectionHead):
                 threshold=self.score_threshold,
             )
             kept, scores = self.suppress(boxes, scores, labels)
-            detections.append(dict(boxes=boxes[kept], scores=scores, labels=labels[kept]))
+            bad = count_nan(level[i] for level in (*logits, *deltas))
+            found = dict(boxes=boxes[kept], scores=scores, labels=labels[kept], bad=bad)
+            detections.append(found)
         return detections
 
 

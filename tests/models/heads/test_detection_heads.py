@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
 from models.heads.registry import find_head
+from tasks.detection import DetectionTask
 
 FEATURES = [dict(channels=8 * 2**i, stride=4 * 2**i) for i in range(4)]
 RCNN = dict(
@@ -101,6 +102,29 @@ def test_losses_have_the_names_of_their_parts(name):
 def detect(model: nn.Module, images: torch.Tensor, targets=None) -> list[dict]:
     with torch.no_grad():
         return model.eval()(images, targets)
+
+
+def test_nan_is_not_nothing_found(name):
+    """Comparisons with nan are false: a broken model would find nothing, and score 0 without an error."""
+    model = Detector(name, score_threshold=0.005).eval()
+    images = torch.randn(3, 3, *HW)
+    images[1] = torch.nan  # what an overflow leaves
+    target = dict(size=HW, original_size=HW)
+    with torch.no_grad():
+        found = DetectionTask(3).predict(model, (images, [target] * 3))
+    assert [image["bad"] > 0 for image in found] == [False, True, False]
+
+
+def test_nan_of_the_box_head_is_seen(name):
+    if "retinanet" in name:
+        pytest.skip("has one head")
+    model = Detector(name, score_threshold=0.005).eval()
+    with torch.no_grad():
+        model.head.box_heads[-1].cls.bias.fill_(torch.nan)
+        (found,) = DetectionTask(3).predict(
+            model, (torch.randn(1, 3, *HW), [dict(size=HW, original_size=HW)])
+        )
+    assert found["bad"] > 0
 
 
 @pytest.mark.parametrize("sizes", [None, [(64, 96), (33, 47)]])
@@ -228,7 +252,7 @@ def test_bfloat16_autocast_gives_float32_losses_and_boxes(name):
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
     dtypes = {key: value.dtype for key, value in found[0].items()}
-    assert dtypes.pop("labels") == torch.int64
+    assert dtypes.pop("labels") == dtypes.pop("bad") == torch.int64
     assert set(dtypes.values()) == {torch.float32}
     assert len(found[0]["boxes"])
 
