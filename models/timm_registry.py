@@ -14,9 +14,6 @@ from .pretrained import load_pretrained
 
 PREFIX = "mixlab_"
 
-# Sides of the evaluation crop and of the image that it is cut from.
-CROP_SHARE = 224 / 256
-
 
 def register_in_timm(
     names: Iterable[str], load: Callable[[str], Any], build: Callable[..., nn.Module]
@@ -92,7 +89,8 @@ def build_timm_model(
         "mean": tuple(config.DATA.MEAN),
         "std": tuple(config.DATA.STD),
         "interpolation": config.DATA.INTERPOLATION,
-        "crop_pct": CROP_SHARE if config.TEST.CROP else 1.0,
+        "crop_pct": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
+        "crop_mode": config.TEST.CROP_MODE if config.TEST.CROP else "squash",
         **overlay,
     }
     return model

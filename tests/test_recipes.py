@@ -90,8 +90,6 @@ FIGURES = {
     "swin/swin_base_patch4_window7_224": "83.5",
 }
 EXPERIMENTS = sorted(p for p in CONFIG_DIR.glob("[!_]*/*.yaml") if p.parent.name != "lab")
-# Fine-tuned at 384 px by a recipe that is not recorded.
-WITHOUT_RECIPE = {"deit_base_patch16_384", "deit_base_distilled_patch16_384"}
 
 
 def small(name: str) -> list[str]:
@@ -169,8 +167,6 @@ def test_a_published_training_would_start(file):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_leads_to_its_recipe(path):
-    if path.stem in WITHOUT_RECIPE:
-        return
     found = [stem for stem in parents(path) if stem in RECIPES]
     assert found
     family = {"dpvt": "vtpack", "pvt": "vtpack", "dge": "vtpack", "deit": "deit"}

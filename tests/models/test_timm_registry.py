@@ -2,15 +2,19 @@
 
 import logging
 
+import numpy as np
 import pytest
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.layers import DropPath
 from torch import nn
 
 import models
-from models import CONFIG_DIR, create_model, list_models, registry
+from config import load_config
+from data.build import build_transform
+from models import CONFIG_DIR, create_model, list_models, registry, variant_file
 from models.timm_registry import register_in_timm
 from tests.golden_tools import SkipInit
 
@@ -93,6 +97,29 @@ def test_timms_programs_read_size_mean_and_classes():
     assert model.pretrained_cfg["num_classes"] == 7
     small = timm.create_model("dfvt_tiny", img_size=64, num_classes=2)
     assert resolve_model_data_config(small)["input_size"] == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dfvt_tiny",
+        "dfformer_s18",
+        "gfformer_s18",
+        "swin_base_patch4_window12_384_finetune",
+        "dhvt_tiny_cifar_patch4",
+    ],
+)
+def test_timm_cuts_the_same_pixels_as_an_evaluation_here(name):
+    """The published evaluation of DFFormer cuts out the centre, that of Swin at 384 pixels squashes."""
+    with torch.device("meta"), SkipInit():
+        data = resolve_model_data_config(timm.create_model(f"mixlab_{name}"))
+    x, y = np.meshgrid(np.linspace(0, 255, 500), np.linspace(0, 255, 375))
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    theirs = create_transform(**data, normalize=False)(image)
+    ours = build_transform(load_config(variant_file(name)), training=False)(image)
+    assert np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+    squashed = ours[0, 0, 0] < 10
+    assert squashed == ("384" in name or "cifar" in name)
 
 
 def test_weights_come_from_a_file_that_is_named(tmp_path):
