@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .activations import GELU, SiLU
 from .eager import eager_on_cpu
@@ -148,7 +148,7 @@ _HAS_OPERATORS = torch.backends.mkldnn.is_available() and all(
 )
 
 _COUNTED = [torch.ops.mixlab.packed_linear]
-if _HAS_OPERATORS:
+if _HAS_OPERATORS and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     _COUNTED.append(torch.ops.mkldnn._linear_pointwise)
 
 
