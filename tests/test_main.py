@@ -113,7 +113,7 @@ def test_training_leaves_every_promised_file(trained):
 
 
 def test_a_checkpoint_holds_all_that_a_run_needs_and_plain_data_only(trained):
-    state = torch.load(trained / "checkpoints" / "last.pth", weights_only=True)
+    state = last_state(trained)
     assert {"model", "ema", "optimizer", "scheduler", "scaler", "progress", "rng"} <= state.keys()
     assert {"metrics", "best", "config", "git", "classes", "versions"} <= state.keys()
     assert state["progress"]["epoch"] == 2
@@ -179,7 +179,7 @@ def without_heads_row(state):
     ids=["order", "count", "architecture"],
 )
 def test_weights_of_other_classes_stop_before_any_work(trained, flag, change, message, capsys):
-    state = torch.load(trained / "checkpoints" / "last.pth", weights_only=True)
+    state = last_state(trained)
     change(state)
     torch.save(state, "other.pth")
     with pytest.raises(SystemExit) as stop:
@@ -252,8 +252,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_by_bit(trained, monk
     assert same(
         weights(folder / "checkpoints" / "last.pth"), weights(trained / "checkpoints" / "last.pth")
     )
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    train_steps = [line["step"] for line in steps if line["kind"] == "train"]
+    train_steps = [line["step"] for line in lines(folder) if line["kind"] == "train"]
     assert train_steps == sorted(set(train_steps)), "no step is recorded twice"
 
 
@@ -268,7 +267,7 @@ def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one_bit_by_bit(tr
 
 def test_ema_is_evaluated_saved_and_scored_by_eval():
     folder = run("--opts", "TRAIN.EMA.ENABLE", "True", "TRAIN.EMA.DECAY", "0.5")
-    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    state = last_state(folder)
     assert not same(state["model"], state["ema"])
     run(
         "--eval", "--resume", str(folder / "checkpoints" / "last.pth"),
@@ -285,7 +284,7 @@ def test_a_resumed_run_goes_on_in_batches_of_todays_size(trained, caplog):
     assert "Train: [1/2][0/8]" in log
     assert "Train: [1/2][7/8]" in log
     assert "Train: [0/2]" not in log.split("auto-resume")[1]
-    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    state = last_state(folder)
     assert state["progress"]["step"] == 16
 
 
@@ -294,7 +293,7 @@ def test_a_run_that_was_cut_by_max_steps_can_be_made_longer():
     first = torch.load("out/smoke_cls/default/checkpoints/last.pth", weights_only=True)["progress"]
     assert (first["epoch"], first["batch"], first["step"]) == (1, 2, 6)
     folder = run("--opts", "TRAIN.MAX_STEPS", "10")
-    last = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["progress"]
+    last = last_state(folder)["progress"]
     assert (last["epoch"], last["batch"], last["step"]) == (2, 2, 10)
 
 
@@ -341,10 +340,7 @@ def test_a_step_is_counted_where_its_window_ends():
 
 
 def test_the_last_epoch_is_scored_after_a_kill_in_its_evaluation(monkeypatch):
-    calls = []
-
     def killed(*args, **kwargs):
-        calls.append(args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -407,14 +403,14 @@ def test_opts_may_be_given_again():
 def test_weight_decay_of_the_config_wins_over_that_of_the_checkpoint():
     run("--opts", "TRAIN.EPOCHS", "1")
     folder = run("--opts", "TRAIN.EPOCHS", "2", "TRAIN.WEIGHT_DECAY", "0.5")
-    groups = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)["optimizer"]
+    groups = last_state(folder)["optimizer"]
     assert {group["weight_decay"] for group in groups["param_groups"]} == {0.0, 0.5}
     assert "taken from the config" in (folder / "log_rank0.txt").read_text()
 
 
 def test_evaluations_can_be_rarer_than_epochs():
     folder = run("--opts", "TRAIN.EPOCHS", "3", "EVAL_FREQ", "2")
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = lines(folder)
     assert [r["epoch"] for r in records if r["kind"] == "eval"] == [1, 2]
 
 
@@ -549,7 +545,7 @@ def test_the_old_launcher_trains_on_two_processes():
     run("--eval", "--resume", str(folder / "checkpoints" / "last.pth"), "--opts", *opts)
     alone = json.loads((folder / "eval.json").read_text())
     assert alone["loss"] == pytest.approx(recorded["loss"], abs=1e-5)
-    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    state = last_state(folder)
     assert len(state["rng"]) == 2
     assert state["progress"]["step"] == 2, "32 images, 8 per process: two steps"
 
@@ -599,7 +595,7 @@ def test_an_architecture_is_added_by_two_files(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     folder = copy / "output" / "toyformer_tiny" / "default"
     assert json.loads((folder / "info.json").read_text())["gmacs"] > 0
-    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    state = last_state(folder)
     assert state["progress"]["step"] == 2
 
 

@@ -42,6 +42,7 @@ from data.registry import ImageDataset, decode_image
 from data.samplers import Key
 from data.transforms import channel_stats, to_image
 from models.layers.tokens import to_pair
+from utils.arguments import add_opts
 from utils.distributed import choose_device, read_launch
 
 WORKER_STAGES = ("read", "decode", "augment", "collate")
@@ -235,9 +236,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cfg", required=True, help="YAML file of the experiment")
     parser.add_argument("--data-path", help="DATA.DATA_PATH")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
-    )
+    add_opts(parser)
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--batches", type=int, default=4, help="batches per round of the stages")
     parser.add_argument("--rounds", type=int, default=3)

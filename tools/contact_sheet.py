@@ -28,6 +28,7 @@ from data.build import build_samples  # noqa: E402
 from data.dense.loader import IGNORED  # noqa: E402
 from data.registry import SPLITS  # noqa: E402
 from data.samplers import Key  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.pictures import (  # noqa: E402
     draw_labels,
     draw_objects,
@@ -112,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--draws", type=int, default=3, help="augmentations of each, columns")
     parser.add_argument("--side", type=int, default=480, help="pixels of a sample, at most")
     parser.add_argument("--output", type=Path, help="picture file, instead of the run's folder")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
-    )
+    add_opts(parser)
     args = parser.parse_args(argv)
     flags = {} if args.data_path is None else {"DATA.DATA_PATH": args.data_path}
     try:

@@ -42,6 +42,7 @@ from models.layers.window import Windowed  # noqa: E402
 from models.layers.window_mlp import WindowMlp  # noqa: E402
 from models.mixers.queries import KeptTokens  # noqa: E402
 from modes.build import build_placed, known_classes, load_weights, source_of  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 
 FORMATS = {"onnx": ".onnx", "export": ".pt2", "torchscript": ".torchscript.pt"}
 TOLERANCE = 1e-4  # relative error of the logits
@@ -311,9 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="DIR", help="folder; by default that of the experiment")
     parser.add_argument("--dynamic-size", action="store_true", help="leave the image size open")
     parser.add_argument("--fold", action="store_true", help="fold batch norms into convolutions")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
-    )
+    add_opts(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     for package in ("modes", "models"):  # alone: the ONNX exporter logs every node

@@ -42,6 +42,7 @@ from engine.train import to_device  # noqa: E402
 from models import Backbone  # noqa: E402
 from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from utils.amp import Amp  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import choose_device, read_launch  # noqa: E402
 
 CLASSIFIERS = ("logistic", "mean")
@@ -209,9 +210,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     )
     parser.add_argument("--linear", action="store_true", help="logistic regression on all images")
     parser.add_argument("--c", type=float, default=1.0, help="inverse L2 penalty of the regression")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
-    )
+    add_opts(parser)
     args = parser.parse_args(argv)
     if not (args.knn or args.shots or args.linear):
         parser.error("nothing to do: give --knn, --shots or --linear")

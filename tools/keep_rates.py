@@ -24,6 +24,7 @@ from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from modes.results import count_model, time_model  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import init_distributed  # noqa: E402
 
 
@@ -92,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         "--rates", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], help="in (0, 1]"
     )
     parser.add_argument("--output", type=Path, help="JSON file, instead of the run's folder")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys"
-    )
+    add_opts(parser)
     args = parser.parse_args(argv)
     flags = {"MODEL.RESUME": args.resume, "EVAL_MODE": True}
     if args.data_path is not None:

@@ -51,6 +51,18 @@ class _Parser(argparse.ArgumentParser):
         return found
 
 
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """`--opts KEY VALUE ...`, which may be given again."""
+    parser.add_argument(
+        "--opts",
+        metavar="KEY VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="any config keys; may be given again",
+    )
+
+
 def parse_args(
     argv: Sequence[str] | None = None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace, dict[str, Any]]:
@@ -63,14 +75,7 @@ def parse_args(
         prog="main.py", description="Train, evaluate, time or count a model.", allow_abbrev=False
     )
     parser.add_argument("--cfg", metavar="FILE", required=True, help="the experiment's YAML file")
-    parser.add_argument(
-        "--opts",
-        metavar="KEY VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="any config keys; may be given again",
-    )
+    add_opts(parser)
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=None, help="passed by older launchers"
     )

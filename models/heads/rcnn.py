@@ -440,11 +440,12 @@ class TwoStageHead(DetectionHead):
         for number, (stage, head) in enumerate(zip(self.stages, self.box_heads, strict=True)):
             logit, deltas = head(self._pool(levels, proposals, self.roi_size))
             logits.append(logit)
-            parts = zip(logit.split(counts), deltas.split(counts), strict=True)
-            bad = [before + count_nan(part) for before, part in zip(bad, parts, strict=True)]
+            parts = deltas.split(counts)
+            outputs = zip(logit.split(counts), parts, strict=True)
+            bad = [before + count_nan(both) for before, both in zip(bad, outputs, strict=True)]
             boxes = [
                 clip(decode(part, b[:, None], stage.weights), size)
-                for part, b, size in zip(deltas.split(counts), proposals, sizes, strict=True)
+                for part, b, size in zip(parts, proposals, sizes, strict=True)
             ]
             if number + 1 < len(self.stages):
                 proposals = [b[:, 0] for b in boxes]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .eager import eager_on_cpu
-from .packed import PackedWeight
+from .packed import UNCOUNTED, PackedWeight
 
 # Below, setting up the convolution costs more than it saves.
 _MIN_ROWS = 64
@@ -201,10 +201,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.mixlab.linear)
-def _flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+@register_flop_formula([torch.ops.mixlab.linear, *UNCOUNTED])
+def _flops(x_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
     """Two per multiply-add, as PyTorch counts."""
-    return 2 * math.prod(x_shape) * weight_shape[0]
+    return 2 * math.prod(x_shape) * out_shape[-1]
 
 
 def _suits_convolution(x: Tensor, weight: Tensor) -> bool:

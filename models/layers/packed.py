@@ -6,7 +6,6 @@ of an AMD EPYC of family 25). It is for copies of a model that are not trained; 
 """
 
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 from .activations import GELU, SiLU
 from .eager import eager_on_cpu
@@ -147,15 +146,10 @@ _HAS_OPERATORS = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
 )
 
-_COUNTED = [torch.ops.mixlab.packed_linear]
+# Products by packed weights, which PyTorch does not count by itself.
+UNCOUNTED = [torch.ops.mixlab.packed_linear]
 if _HAS_OPERATORS and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    _COUNTED.append(torch.ops.mkldnn._linear_pointwise)
-
-
-@register_flop_formula(_COUNTED)
-def _flops(x_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-    """Two per multiply-add, as PyTorch counts."""
-    return 2 * math.prod(x_shape) * out_shape[-1]
+    UNCOUNTED.append(torch.ops.mkldnn._linear_pointwise)
 
 
 def can_pack(weight: Tensor) -> bool:
