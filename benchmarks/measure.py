@@ -146,7 +146,15 @@ def peak_memory(run: Pass, device: torch.device) -> float:
         events = json.loads(path.read_text())["traceEvents"]
     changes = [event for event in events if event.get("name") == "[memory]"]
     held = peak = 0
+    sizes: dict[int, int] = {}
     for event in sorted(changes, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            sizes[address] = size
+        else:
+            # What was there before is not the pass's, and the profiler may know a wrong size of it: that of
+            # an earlier block at the same address.
+            size = -sizes.pop(address, 0)
+        held += size
         peak = max(peak, held)
     return peak / 2**20

@@ -231,6 +231,23 @@ def test_peak_memory_counts_what_is_alive_together():
     assert measure.peak_memory(step, torch.device("cpu")) == pytest.approx(2, abs=0.1)
 
 
+def test_peak_memory_is_the_pass_s_own_whatever_was_freed_in_it():
+    """A block of before may lie where the profiler has seen another one, of another size."""
+    device, old = torch.device("cpu"), []
+
+    def leave():
+        old.extend(torch.empty(2**12) for _ in range(100))
+
+    def step():
+        old.clear()
+        return torch.ones(2**18).add(1)  # float32: 1 MiB, twice
+
+    measure.peak_memory(leave, device)
+    old.clear()
+    old.extend(torch.empty(2**11) for _ in range(100))
+    assert measure.peak_memory(step, device) == pytest.approx(2, abs=0.1)
+
+
 def test_a_grained_model_asks_the_share_of_queries_that_it_is_told():
     model = create_model("deit_dge_s124_tiny_patch16_256", embed_dim=32, num_heads=2, depth=2)
     fix_routing(model, 0.5)

@@ -1,0 +1,138 @@
+"""Attention with a bias that all batch entries share, as windows have it; on a CPU a few entries at a time.
+
+Shapes:     G batch entries, h heads, N tokens, d head dim
+
+PyTorch's fused kernel for CPUs has no gradient of the bias, and is slow for few keys.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .eager import eager_on_cpu, piece
+
+# Up to so many keys, pieces beat PyTorch's fused kernel in evaluation.
+_FEW_KEYS = 64
+
+# Numbers that a piece holds for each of its logits, with the probabilities and what they are made of.
+_PER_LOGIT = 4
+
+
+def biased_attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor], bias: Tensor, scale: float
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v, fused: (G, h, N, d).
+
+    Args:
+        qkv: one tensor (3, G, h, N, d), whose gradient then is written in place, or three (G, h, N, d).
+        bias: broadcasts to (G, h, N, N); one of shape (1, h, N, N) has fast paths.
+    """
+    q, k, v = qkv
+    shared = bias.shape == (1, *q.shape[1:3], k.shape[2]) and bias.dtype == q.dtype
+    if shared and eager_on_cpu(q):
+        if torch.is_grad_enabled():
+            if bias.requires_grad:
+                return _InPieces.apply(scale, bias, *((qkv,) if isinstance(qkv, Tensor) else qkv))
+        elif k.shape[2] <= _FEW_KEYS and q.dtype == torch.float32:
+            return _attend(q, k, v, bias, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+class _InPieces(torch.autograd.Function):
+    """Keeps its inputs only, and holds the attention matrices of one piece at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, bias: Tensor, *qkv: Tensor) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(bias, *qkv)
+        return _attend(*_parts(qkv), bias, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bias, *qkv = ctx.saved_tensors  # once: recomputed activations are given out once
+        grads = [torch.empty_like(tensor) for tensor in qkv]
+        grad_bias = _attend_backward(grad, _parts(qkv), _parts(grads), bias, ctx.scale)
+        return None, grad_bias, *grads
+
+
+def _parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """q, k and v, of one tensor or of three."""
+    return tensors if len(tensors) == 3 else tensors[0].unbind()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    # Tokens before heads: to merge the heads then takes no copy.
+    out = torch.empty(len(q), q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype).transpose(1, 2)
+    work = _Workspace(q.dtype)
+    for rows in _pieces(q, k):
+        q_rows = work.copy("q", q[rows]).mul_(scale)
+        probs = _probabilities(work, q_rows, work.copy("k", k[rows]), bias)
+        out[rows] = work.product("out", probs, work.copy("v", v[rows]))
+    return out
+
+
+def _attend_backward(
+    grad: Tensor,
+    qkv: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """The gradient of the bias; those of q, k and v are written into `grads`."""
+    work = _Workspace(grad.dtype)
+    grad_q, grad_k, grad_v = grads
+    grad_bias = torch.zeros(bias.shape, dtype=work.dtype)
+    for rows in _pieces(*qkv[:2]):
+        q, k, v = (work.copy(name, x[rows]) for name, x in zip("qkv", qkv, strict=True))
+        grad_rows = work.copy("grad", grad[rows])
+        probs = _probabilities(work, q.mul_(scale), k, bias)
+        # The softmax's gradient: each probability's share, less the row's sum of shares times it.
+        grad_logits = work.product("logits", grad_rows, v.transpose(2, 3)).mul_(probs)
+        grad_logits.addcmul_(probs, grad_logits.sum(-1, keepdim=True), value=-1)
+        grad_bias += grad_logits.sum(0, keepdim=True)
+        grad_v[rows] = work.product("v", probs.transpose(2, 3), grad_rows)
+        grad_q[rows] = work.product("v", grad_logits, k).mul_(scale)
+        grad_k[rows] = work.product("v", grad_logits.transpose(2, 3), q)
+    return grad_bias.to(bias.dtype)
+
+
+def _probabilities(work: "_Workspace", q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return work.product("logits", q, k.transpose(2, 3)).add_(bias).softmax(-1)
+
+
+def _pieces(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Batch entries whose attention matrices fit into the caches, a quarter of them at most."""
+    length = min(piece(_PER_LOGIT * q.shape[1:3].numel() * k.shape[2]), ceil(len(q) / 4))
+    return (slice(start, start + length) for start in range(0, len(q), length))
+
+
+class _Workspace:
+    """Contiguous tensors in float32 at least, in memory that serves one piece after the other.
+
+    Matrix products read contiguous operands faster, and fresh memory would cost page faults.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, name: str, x: Tensor) -> Tensor:
+        return self._empty(name, x.shape).copy_(x)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """a b for each entry and head."""
+        out = self._empty(name, (*a.shape[:3], b.shape[3]))
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+        return out
+
+    def _empty(self, name: str, shape: Sequence[int]) -> Tensor:
+        """What `name` held before is lost; the first piece is the longest."""
+        if name not in self._kept:
+            self._kept[name] = torch.empty(shape, dtype=self.dtype)
+        return self._kept[name][: shape[0]]
