@@ -1,19 +1,11 @@
 """Global multi-head self-attention."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .checks import check_heads
-from .eager import eager_on_cpu, piece
 from .linear import Linear
 from .token_maps import attention_received
-
-# Up to so many keys, on a CPU, the terms one after the other in pieces beat PyTorch's fused kernel.
-_FEW_KEYS = 64
 
 
 class Attention(nn.Module):
@@ -72,59 +64,6 @@ class MapAttention(Attention):
     def attention_maps(self, x: Tensor) -> dict[str, Tensor]:
         """(B, H, W, C) -> `attention` (B, heads, H, W) to each position, the mean over all of them."""
         return super().attention_maps(x.flatten(1, 2), (x.shape[1], x.shape[2]))
-
-
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias) v, fused: (..., N, d); the bias broadcasts to (..., N, N)."""
-    if eager_on_cpu(q) and q.dtype == bias.dtype:
-        if torch.is_grad_enabled():
-            if bias.requires_grad:
-                return _BiasedAttention.apply(q, k, v, bias, scale)
-        elif k.shape[-2] <= _FEW_KEYS and q.dtype == torch.float32 and len(bias) == 1:
-            return _attention_in_pieces(q, k, v, bias, scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-
-
-def _attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The same, a few batch entries at a time, so that their logits stay in the caches."""
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-    length = piece(2 * q.shape[1:-1].numel() * k.shape[-2])
-    parts = (tensor.split(length) for tensor in (q, k, v, out))
-    for q_part, k_part, v_part, out_part in zip(*parts, strict=True):
-        logits = (q_part @ k_part.transpose(-2, -1)).mul_(scale).add_(bias)
-        out_part.copy_(logits.softmax(-1) @ v_part)
-    return out
-
-
-class _BiasedAttention(torch.autograd.Function):
-    """Keeps no attention matrix: PyTorch's fused kernel for CPUs has no gradient of the bias."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        ctx.save_for_backward(q, k, v, bias, out)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: recomputed activations are given out once
-        dtypes = [tensor.dtype for tensor in saved[:4]]
-        # In float32 at least, as the kernel has its logits and sums.
-        q, k, v, bias, out, grad = (
-            tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (*saved, grad)
-        )
-        probs = (q @ k.transpose(-2, -1)).mul_(ctx.scale).add_(bias).softmax(-1)
-        grad_v = probs.transpose(-2, -1) @ grad
-        # The softmax's gradient: what each logit gets, less the mean over its row.
-        grad_logits = (grad @ v.transpose(-2, -1)).sub_((grad * out).sum(-1, keepdim=True))
-        grad_logits.mul_(probs)
-        grad_bias = grad_logits.sum_to_size(bias.shape)
-        grad_q = (grad_logits @ k).mul_(ctx.scale)
-        grad_k = (grad_logits.transpose(-2, -1) @ q).mul_(ctx.scale)
-        grads = (grad_q, grad_k, grad_v, grad_bias)
-        return *(part.to(dtype) for part, dtype in zip(grads, dtypes, strict=True)), None
 
 
 def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Regions that compute in the precision of their inputs."""
+"""The precision that autocast gives to products, and regions without it."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,3 +14,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast gives to `x` in a matrix product, its own where autocast is off."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

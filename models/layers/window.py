@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .attention import biased_attention
+from .biased_attention import biased_attention
 from .checks import check_heads
 from .linear import Linear, linear
 from .packed import PackedWeight, can_pack
@@ -118,9 +118,9 @@ class Windowed(nn.Module):
         masked = bool(shift) or padded
         # With masks all windows of an image share one batch entry, so that one mask per window
         # broadcasts over the batch.
-        q, k, v = self.project(window_partition(x, window, shift, by_image=masked))
-        bias = self._additive(grid, masked, shift_mask if grid == self.grid else None, q)
-        x = biased_attention(q, k, v, bias, self.scale)
+        qkv = self.project(window_partition(x, window, shift, by_image=masked))
+        bias = self._additive(grid, masked, shift_mask if grid == self.grid else None, qkv[0])
+        x = biased_attention(qkv, bias, self.scale)
         return self.proj_drop(self.proj(window_reverse(x, grid, window, shift, self.num_heads)))
 
     def attention_maps(self, x: Tensor, shift_mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -136,24 +136,17 @@ class Windowed(nn.Module):
         received = window_reverse(received[..., None], grid, window, shift, self.num_heads)
         return {"attention": received.permute(0, 3, 1, 2)}  # B h H W
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Windows (G, N, M, C) -> q, k, v (G, M*h, N, d), all views of one matrix product."""
+    def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Windows (G, N, M, C) -> q, k, v (3, G, M*h, N, d), a view of one matrix product."""
         weight, bias, heads = self.qkv.weight, self.projection_bias(), self.num_heads
         packed = self.packed_qkv
         packed = packed if packed is not None and packed.suits(x, weight) else None
         if x.shape[2] == 1 and packed is None:
             x = linear(x[:, :, 0], weight, bias).unflatten(2, (3, heads, -1))  # G N 3 h d
-            q, k, v = x.unbind(2)
-        else:
-            bias = None if bias is None else self._by_head(bias)
-            x = (
-                packed.product(x, weight, bias)
-                if packed
-                else linear(x, self._by_head(weight), bias)
-            )
-            x = x.unflatten(3, (heads, 3, -1))  # G N M h 3 d
-            q, k, v = x.flatten(2, 3).unbind(3)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return x.permute(2, 0, 3, 1, 4)
+        bias = None if bias is None else self._by_head(bias)
+        x = packed.product(x, weight, bias) if packed else linear(x, self._by_head(weight), bias)
+        return x.unflatten(3, (heads, 3, -1)).flatten(2, 3).permute(3, 0, 2, 1, 4)
 
     def pack_weights(self) -> None:
         """Lay out the weight of queries, keys and values for inference."""
@@ -321,6 +314,7 @@ class CosineWindowAttention(Windowed):
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows (G, N, M, C) -> q and k of length one, q times the scale, and v: (G, M*h, N, d)."""
         q, k, v = super().project(x)
         scale = self.logit_scale.clamp(max=math.log(100)).exp().repeat(x.shape[2], 1, 1)
         # Under autocast the norms are float32; the kernel wants one dtype.

@@ -5,7 +5,7 @@ import torch
 
 from models import deployment
 from models.deployment import deploy
-from models.layers import activations, attention, eager, kernels, linear, window
+from models.layers import activations, biased_attention, eager, kernels, linear, window
 from models.layers.fourier import set_fourier_way
 from models.layers.grained import set_dense_evaluation
 from tests.golden_tools import Golden, relative_error
@@ -45,7 +45,7 @@ def paths(request, monkeypatch):
     monkeypatch.setattr(kernels, "enabled", on)
     if not on:
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain_attention)
-        monkeypatch.setattr(attention, "eager_on_cpu", lambda x: False)
+        monkeypatch.setattr(biased_attention, "eager_on_cpu", lambda x: False)
         for module in (eager, activations):
             monkeypatch.setattr(module, "may_overwrite", lambda x: False)
         monkeypatch.setattr(window.Windowed, "_additive", window.Windowed._build_additive)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.layers import attention as module
-from models.layers.attention import biased_attention
+from models.layers import biased_attention as module
+from models.layers.biased_attention import biased_attention
 from models.layers.tokens import space_to_depth
 from models.layers.window import CosineWindowAttention, WindowAttention
 from models.layers.window_mlp import WindowMlp
@@ -269,34 +269,89 @@ def test_window_mlp_equals_loops_over_heads_and_windows(size, shifted):
                 )
     out = out[:, start : start + size[0], start : start + size[1]]
     torch.testing.assert_close(module(x), out)
-
-
-@pytest.mark.parametrize("bias_shape", [(1, 2, 4, 4), (5, 2, 4, 4), (4, 4)])
-def test_attention_in_pieces_equals_the_formula(bias_shape, monkeypatch):
-    pieces = []
-    monkeypatch.setattr(module, "piece", lambda values: pieces.append(values) or 2)
-    q, k, v = torch.randn(3, 5, 4, 2, 3).transpose(2, 3).unbind()  # 5 windows, 2 heads, 4 tokens
-    bias = torch.randn(bias_shape)
-    expected = (0.3 * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
     with torch.no_grad():
-        torch.testing.assert_close(biased_attention(q, k, v, bias, 0.3), expected)
+        torch.testing.assert_close(module(x), out)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script:FutureWarning"
+)  # PyTorch's own, of forward mode
+@pytest.mark.parametrize(("size", "shifted"), [((6, 6), False), ((5, 7), True)])
+def test_window_mlp_has_the_derivatives_of_its_formula(size, shifted):
+    module = WindowMlp(2, (6, 6), 3, shifted).double()
+    names = ("weight", "bias")
+
+    def run(x, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x)
+
+    x = torch.randn(2, *size, 4, dtype=torch.float64, requires_grad=True)
+    inputs = (x, module.weight, module.bias)
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    batch = torch.randn(3, 2, *size, 4, dtype=torch.float64, requires_grad=True)
+    mapped = torch.vmap(module)(batch)
+    torch.testing.assert_close(mapped, torch.stack([module(x) for x in batch]))
+
+
+def test_window_mlp_under_autocast_keeps_half_precision_and_gives_gradients_in_full():
+    module = WindowMlp(2, (6, 6), 3, shifted=True)
+    x = torch.randn(2, 5, 7, 8, requires_grad=True)
+    inputs = (x, *module.parameters())
+    expected = torch.autograd.grad(module(x).sum(), inputs)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    assert {x.dtype for x in kept if x.shape == (2, 5, 7, 8)} == {torch.bfloat16}
+    for gradient, reference in zip(torch.autograd.grad(out.sum(), inputs), expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - reference).norm() < 2e-2 * reference.norm()
+
+
+SHAPES = [(1, 2, 4, 4), (5, 2, 4, 4), (4, 4)]
+
+
+def formula(q, k, v, bias, scale):
+    return (scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Pieces of two batch entries; the list grows with each attention that is cut."""
+    cut = []
+    monkeypatch.setattr(module, "piece", lambda values: cut.append(values) or 2)
+    return cut
+
+
+@pytest.mark.parametrize("bias_shape", SHAPES)
+def test_attention_in_pieces_equals_the_formula(bias_shape, pieces):
+    qkv = torch.randn(3, 5, 4, 2, 3).transpose(2, 3)  # 5 windows, 2 heads, 4 tokens
+    bias = torch.randn(bias_shape)
+    expected = formula(*qkv, bias, 0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(biased_attention(qkv, bias, 0.3), expected)
+        torch.testing.assert_close(biased_attention(tuple(qkv), bias, 0.3), expected)
     # Any other bias may belong to entries of the batch, and is not cut.
     assert bool(pieces) == (bias_shape == (1, 2, 4, 4))
 
 
-@pytest.mark.parametrize("bias_shape", [(1, 3, 5, 5), (2, 3, 5, 5), (3, 1, 5)])
-def test_attention_with_a_learned_bias_has_the_gradients_of_the_formula(bias_shape):
-    inputs = [torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3)]
-    inputs = [x.requires_grad_() for x in (*inputs, torch.randn(bias_shape, dtype=torch.float64))]
-    q, k, v, bias = inputs
-    expected = (0.3 * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-    out = biased_attention(*inputs, 0.3)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("bias_shape", SHAPES)
+def test_attention_with_a_learned_bias_has_the_gradients_of_the_formula(bias_shape, packed, pieces):
+    qkv = torch.randn(3, 5, 4, 2, 3, dtype=torch.float64).transpose(2, 3)
+    parts = [qkv] if packed else list(qkv.clone())
+    inputs = [x.requires_grad_() for x in (*parts, torch.randn(bias_shape, dtype=torch.float64))]
+    expected = formula(*(qkv if packed else parts), inputs[-1], 0.3)
+    out = biased_attention(qkv if packed else tuple(parts), inputs[-1], 0.3)
     direction = torch.randn_like(out)
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, inputs, direction),
-        torch.autograd.grad(expected, inputs, direction),
-    )
+    gradients = torch.autograd.grad(out, inputs, direction)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction))
+    shared = bias_shape == (1, 2, 4, 4)
+    assert len(pieces) == (2 if shared else 0)
+    if shared:
+        assert gradients[0].stride() == inputs[0].stride()  # the layout of the projection
 
 
 def test_a_learned_bias_in_bfloat16_gets_the_gradient_of_the_formula_in_float32():
@@ -304,10 +359,10 @@ def test_a_learned_bias_in_bfloat16_gets_the_gradient_of_the_formula_in_float32(
     inputs = [torch.randn(64, 2, 9, 4) for _ in range(3)] + [torch.randn(1, 2, 9, 9)]
     inputs = [x.bfloat16().requires_grad_() for x in inputs]
     wide = [x.detach().float().requires_grad_() for x in inputs]
-    q, k, v, bias = wide
-    expected = (0.5 * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    expected = formula(*wide, 0.5)
     direction = torch.randn_like(expected).bfloat16()
-    gradients = torch.autograd.grad(biased_attention(*inputs, 0.5), inputs, direction)
+    out = biased_attention(tuple(inputs[:3]), inputs[3], 0.5)
+    gradients = torch.autograd.grad(out, inputs, direction)
     references = torch.autograd.grad(expected, wide, direction.float())
     for gradient, reference in zip(gradients, references, strict=True):
         assert gradient.dtype == torch.bfloat16
