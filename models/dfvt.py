@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .layers.activations import SiLU
 from .layers.batch_norm import BatchNorm2d
+from .layers.depthwise import DepthwiseConv2d
 from .layers.eager import in_pieces_if_idle
 from .layers.init import init_vit_, new_classifier
+from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.resize import resize_position_grid
@@ -41,8 +43,7 @@ def pointwise(in_chans: int, out_chans: int) -> list[nn.Module]:
 
 def depthwise(channels: int, stride: int = 1) -> list[nn.Module]:
     """3x3 convolution per channel and batch norm."""
-    conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
-    return [conv, BatchNorm2d(channels)]
+    return [DepthwiseConv2d(channels, 3, stride, bias=False), BatchNorm2d(channels)]
 
 
 class ConvStem(nn.Module):
@@ -101,11 +102,11 @@ class Dane(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hidden = max(dim // GATE_REDUCTION, 1)
-        self.fc_spatial = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 1, bias=False))
+        self.fc_spatial = nn.Sequential(LayerNorm(dim), nn.Linear(dim, 1, bias=False))
         self.fc_channel = nn.Sequential(
             nn.Linear(dim, hidden, bias=False),
             nn.SiLU(),
-            nn.LayerNorm(hidden),
+            LayerNorm(hidden),
             nn.Linear(hidden, dim, bias=False),
         )
         self._parts: tuple[Tensor, Tensor] | None = None
@@ -144,10 +145,10 @@ class DFvTBlock(nn.Module):
     ):
         super().__init__()
         self.select = Dane(dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
         self.register_buffer("attn_mask", attn.shift_mask())
 
@@ -168,7 +169,7 @@ class Widen(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.reduction = Linear(dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

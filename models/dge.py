@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .layers.grained import GrainedQueries, Routing, ragged_attention
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_
+from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
 from .layers.spatial_reduction import SpatialReductionAttention
 from .layers.tokens import Size
@@ -57,9 +58,9 @@ class GrainedBlock(nn.Module):
     ):
         super().__init__()
         self.dge = GrainedQueries(dim, splits)
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
         # Rows come as (L, C), so it drops single queries, not images: so were the published models trained.
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()

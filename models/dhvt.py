@@ -18,6 +18,7 @@ from .layers.conv_stem import ConvStem
 from .layers.daff import DAFF
 from .layers.head_interaction import HIAttention
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
+from .layers.layer_norm import LayerNorm
 from .registry import register
 
 
@@ -26,9 +27,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: HIAttention, mlp: DAFF, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
@@ -103,7 +104,7 @@ class DHVT(Backbone):
             for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0])
         )
         self.watch(self.blocks[-1])
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
         trunc_normal_(self.cls_token, std=0.02)
         self.head = new_classifier(embed_dim, num_classes)

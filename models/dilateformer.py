@@ -22,9 +22,11 @@ from .backbone import Backbone
 from .layers.activations import GELU
 from .layers.attention import MapAttention
 from .layers.batch_norm import BatchNorm2d
+from .layers.depthwise import DepthwiseConv2d
 from .layers.dilated import DilatedAttention
 from .layers.eager import in_pieces_if_idle
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
+from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple
 from .registry import register
@@ -90,10 +92,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.pos_embed = DepthwiseConv2d(dim, 3)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -191,7 +193,7 @@ class DilateFormer(Backbone):
             for i in range(4)
         )
         self.watch(*(stage.blocks[-1] for stage in self.stages))
-        self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(dims[-1], eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
         self._reset_classifier(num_classes)
 

@@ -22,6 +22,7 @@ from .backbone import Backbone
 from .layers.activations import ACTIVATIONS, SquaredReLU
 from .layers.daff import DAFF
 from .layers.init import LAYER_NORM_EPS, drop_path_rates
+from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
 from .layers.tokens import pad_to_multiple, to_pair
 from .mixers import MixerContext, QueryMixer, build_mixer
@@ -29,8 +30,8 @@ from .mixers.queries import KeptTokens
 from .registry import register
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer_norm": partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
-    "layer_norm_no_bias": partial(nn.LayerNorm, eps=LAYER_NORM_EPS, bias=False),
+    "layer_norm": partial(LayerNorm, eps=LAYER_NORM_EPS),
+    "layer_norm_no_bias": partial(LayerNorm, eps=LAYER_NORM_EPS, bias=False),
     "rms_norm": partial(nn.RMSNorm, eps=LAYER_NORM_EPS),
 }
 STEMS = {
@@ -140,7 +141,7 @@ class MlpHead(nn.Module):
         hidden = int(ratio * dim)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = SquaredReLU()
-        self.norm = nn.LayerNorm(hidden)  # eps 1e-5 here, 1e-6 everywhere else: visible in float32
+        self.norm = LayerNorm(hidden)  # eps 1e-5 here, 1e-6 everywhere else: visible in float32
         self.drop = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden, num_classes)
 
@@ -311,12 +312,12 @@ class MetaFormer(Backbone):
             if num_classes and hasattr(self, name):
                 delattr(self, name)
             elif not num_classes and not hasattr(self, name):
-                self.add_module(name, nn.LayerNorm(info["channels"], eps=LAYER_NORM_EPS).to(like))
+                self.add_module(name, LayerNorm(info["channels"], eps=LAYER_NORM_EPS).to(like))
         if not num_classes:
             self.norm, self.head = nn.Identity(), nn.Identity()
             return
         if isinstance(self.norm, nn.Identity):
-            self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS).to(like)
+            self.norm = LayerNorm(self.num_features, eps=LAYER_NORM_EPS).to(like)
         self.head = self._make_head(self.num_features, num_classes, drop=self.drop_rate)
         self.head.apply(_init_).to(like)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
+from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
 from .layers.resize import resize_position_grid, same_size
@@ -38,9 +39,9 @@ class PyramidBlock(nn.Module):
         self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float = 0.0, drop_path: float = 0.0
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -188,7 +189,7 @@ class PyramidTransformer(Backbone):
         if not num_classes:
             self.norm = nn.Identity()
         elif isinstance(self.norm, nn.Identity):
-            self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS).to(self.pos_embed1)
+            self.norm = LayerNorm(self.num_features, eps=LAYER_NORM_EPS).to(self.pos_embed1)
         self.head = new_classifier(self.num_features, num_classes).to(self.pos_embed1)
 
     def dense_differences(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
@@ -48,7 +49,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim)
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class PostNormPatchMerging(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(space_to_depth(x)))
@@ -75,10 +76,10 @@ class WindowBlock(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.add_module(self.mixer_name, mixer)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,14 +317,14 @@ def set_stage_norms(model: nn.Module, dims: Sequence[int], per_stage: bool) -> N
     names = [f"norm{i}" for i in range(len(dims))]
     last = getattr(model, "norm", getattr(model, names[-1], None))
     if last is None:
-        last = nn.LayerNorm(dims[-1])
+        last = LayerNorm(dims[-1])
     for name in {"norm", *names} & model._modules.keys():
         delattr(model, name)
     if not per_stage:
         model.norm = last
         return
     for name, dim in zip(names[:-1], dims[:-1], strict=True):
-        model.add_module(name, nn.LayerNorm(dim).to(last.weight))
+        model.add_module(name, LayerNorm(dim).to(last.weight))
     model.add_module(names[-1], last)
 
 

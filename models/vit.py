@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .layers.attention import Attention
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
+from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
 from .layers.resize import resize_position_grid
@@ -42,9 +43,9 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, proj_drop=drop)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -122,7 +123,7 @@ class VisionTransformer(Backbone):
             )
             for drop_path in drop_path_rates(drop_path_rate, [depth])[0]
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.apply(init_vit_)
         self._reset_classifier(num_classes)
 

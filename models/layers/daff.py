@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .activations import made_inplace
 from .batch_norm import BatchNorm2d
 from .checks import hidden_width
+from .depthwise import DepthwiseConv2d
 from .eager import add_owned, in_pieces_if_idle
 from .linear import PointwiseConv2d, linear
 
@@ -36,7 +37,7 @@ class DAFF(nn.Module):
         hidden = hidden_width(dim, ratio, "mlp_ratio")
         self.conv1 = nn.Conv2d(dim, hidden, 1)
         self.bn1 = BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.conv2 = DepthwiseConv2d(hidden, 3)
         self.bn2 = BatchNorm2d(hidden)
         self.conv3 = nn.Conv2d(hidden, dim, 1)
         self.bn3 = BatchNorm2d(dim)

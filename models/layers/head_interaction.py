@@ -6,6 +6,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .attention import Attention, merge_heads, split_heads
+from .layer_norm import LayerNorm
 from .token_maps import attention_received
 
 
@@ -31,7 +32,7 @@ class HIAttention(Attention):
     ):
         super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop)
         self.ht_proj = nn.Linear(dim // num_heads, dim)
-        self.ht_norm = nn.LayerNorm(dim // num_heads, eps=1e-5)
+        self.ht_norm = LayerNorm(dim // num_heads, eps=1e-5)
         self.pos_embed = nn.Parameter(torch.zeros(1, num_heads, dim))
         trunc_normal_(self.pos_embed, std=0.02)
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from .layer_norm import LayerNorm
 from .tokens import pad_to_multiple
 
 
@@ -23,7 +24,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         # Identity owns no key, so one class serves the state dicts with and without `norm`.
-        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm = nn.Identity() if norm_eps is None else LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(pad_to_multiple(x, self.patch_size))

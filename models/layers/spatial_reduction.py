@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .attention import merge_heads, split_heads
 from .checks import check_heads
+from .layer_norm import LayerNorm
 from .linear import Linear
 from .token_maps import attention_received
 from .tokens import pad_to_multiple, to_map, to_tokens
@@ -38,7 +39,7 @@ class SpatialReductionAttention(nn.Module):
         self.kv = Linear(dim, dim * 2, bias=qkv_bias)
         if reduction > 1:
             self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction)
-            self.norm = nn.LayerNorm(dim)  # eps 1e-5, unlike the norms of the blocks
+            self.norm = LayerNorm(dim)  # eps 1e-5, unlike the norms of the blocks
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 

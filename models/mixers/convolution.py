@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ..layers.activations import StarReLU, made_inplace
 from ..layers.checks import hidden_width
+from ..layers.depthwise import DepthwiseConv2d
 from ..layers.eager import in_pieces_if_idle
 from ..layers.linear import Linear
 from .registry import register_mixer
@@ -30,9 +31,7 @@ class SepConv(nn.Module):
         hidden = hidden_width(dim, expansion, "expansion")
         self.pwconv1 = Linear(dim, hidden, bias=False)
         self.act1 = made_inplace(act())
-        self.dwconv = nn.Conv2d(
-            hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False
-        )
+        self.dwconv = DepthwiseConv2d(hidden, kernel_size, bias=False)
         self.pwconv2 = Linear(hidden, dim, bias=False)
         self.drop = nn.Dropout(drop)
 
