@@ -108,7 +108,8 @@ def _probabilities(work: "_Workspace", q: Tensor, k: Tensor, bias: Tensor) -> Te
 
 def _pieces(q: Tensor, k: Tensor) -> Iterator[slice]:
     """Batch entries whose attention matrices fit into the caches, a quarter of them at most."""
-    length = min(piece(_PER_LOGIT * q.shape[1:3].numel() * k.shape[2]), ceil(len(q) / 4))
+    length = piece(_PER_LOGIT * q.shape[1:3].numel() * k.shape[2])
+    length = max(1, min(length, ceil(len(q) / 4)))
     return (slice(start, start + length) for start in range(0, len(q), length))
 
 

@@ -354,6 +354,16 @@ def test_attention_with_a_learned_bias_has_the_gradients_of_the_formula(bias_sha
         assert gradients[0].stride() == inputs[0].stride()  # the layout of the projection
 
 
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+def test_no_images_are_no_error(cls):
+    module = attention(cls, (6, 6), 3, 1)
+    x = torch.randn(0, 6, 6, 8, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        assert module.eval()(x).shape == x.shape
+
+
 def test_a_learned_bias_in_bfloat16_gets_the_gradient_of_the_formula_in_float32():
     """It sums over all windows: what each of them rounds away adds up."""
     inputs = [torch.randn(64, 2, 9, 4) for _ in range(3)] + [torch.randn(1, 2, 9, 9)]
