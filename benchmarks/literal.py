@@ -30,7 +30,9 @@ from models.layers.activations import GELU, SiLU, StarReLU
 from models.layers.attention import Attention, MapAttention
 from models.layers.batch_norm import BatchNorm2d
 from models.layers.daff import DAFF
+from models.layers.depthwise import DepthwiseConv2d
 from models.layers.dilated import DilatedAttention
+from models.layers.layer_norm import LayerNorm
 from models.layers.linear import Linear
 from models.layers.mlp import Mlp
 from models.layers.point_sampling import PointSampledAttention
@@ -80,10 +82,10 @@ def literal(model: nn.Module) -> nn.Module:
             )
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        if type(module) in FORMS:
-            module.__class__ = _literal_class(type(module))
-        elif type(module) is nn.LayerNorm and module.bias is None:
+        if isinstance(module, nn.LayerNorm) and module.bias is None:
             module.__class__ = BiasFreeNorm
+        elif type(module) in FORMS:
+            module.__class__ = _literal_class(type(module))
     return twin
 
 
@@ -252,6 +254,8 @@ FORMS: dict[type[nn.Module], Callable[..., Any]] = {
     GELU: gelu,
     Linear: linear,
     BatchNorm2d: nn.BatchNorm2d.forward,
+    LayerNorm: nn.LayerNorm.forward,
+    DepthwiseConv2d: nn.Conv2d.forward,
     Mlp: mlp,
     DAFF: daff,
     metaformer.MapDAFF: dropped_daff,

@@ -5,6 +5,7 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # Values of the widest map of a piece, for what makes a few of them: 8 MiB of float32 per two threads.
 PIECE = 2**21
@@ -21,6 +22,20 @@ def is_eager(x: Tensor) -> bool:
 def eager_on_cpu(x: Tensor) -> bool:
     """`is_eager`, with numbers on a CPU."""
     return x.device.type == "cpu" and is_eager(x)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether `x` belongs to a transform such as `torch.vmap`, and has no memory of its own."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def have_tangents(*tensors: Tensor) -> bool:
+    """Whether derivatives are carried forward with any of them, which own operators would drop."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def may_overwrite(x: Tensor) -> bool:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry
 
 from .activations import GELU, SiLU
-from .eager import eager_on_cpu
+from .eager import eager_on_cpu, have_tangents
 
 # Rows that oneDNN is told to expect; the layout serves any number of them.
 _EXPECTED_ROWS = 1024
@@ -83,7 +82,7 @@ class PackedWeight:
             and not source.requires_grad
             and not torch.is_autocast_enabled("cpu")
             and x.shape[-1] == self._in_features
-            and (compiled or (self.is_of(source) and not _have_tangents(x, source)))
+            and (compiled or (self.is_of(source) and not have_tangents(x, source)))
         )
 
     def is_of(self, source: Tensor) -> bool:
@@ -118,11 +117,6 @@ class PackedWeight:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeight, ()
-
-
-def _have_tangents(*tensors: Tensor) -> bool:
-    """Whether derivatives are carried forward with any of them, which the operator would drop."""
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 # Compilers know neither packed tensors nor these objects, but numbers.

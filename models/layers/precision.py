@@ -17,7 +17,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type that autocast gives to `x` in a matrix product, its own where autocast is off."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    """The type that autocast gives to `x` in a matrix product; it leaves float64 as it is."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)

@@ -6,7 +6,7 @@ Shapes:     B batch, C channels, H/W map, w window side, N = w*w tokens of a win
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,17 +81,10 @@ def mix_windows(x: Tensor, weight: Tensor, bias: Tensor, window: int, shifted: b
     """
     area = window**2
     weight, bias = weight.view(-1, area, area), bias.view(-1, area)  # h N N, h N
-    cut = _Cut(window, window - window // 2 if shifted and min(x.shape[1:3]) > window > 1 else 0)
+    start = window - window // 2 if shifted and min(x.shape[1:3]) > window > 1 else 0
     if is_eager(x) and torch.is_grad_enabled():
-        return _MixWindows.apply(x.to(autocast_dtype(x)), weight, bias, cut)
-    return _mix(x, weight, bias, cut)
-
-
-class _Cut(NamedTuple):
-    """How a map is cut into windows: their side, and how far the map begins after the first one's corner."""
-
-    window: int
-    start: int
+        return _MixWindows.apply(x.to(autocast_dtype(x)), weight, bias, window, start)
+    return _mix(x, weight, bias, window, start)
 
 
 class _MixWindows(torch.autograd.Function):
@@ -100,64 +93,70 @@ class _MixWindows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, cut: _Cut) -> Tensor:
-        return _mix(x, weight, bias, cut)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, window: int, start: int) -> Tensor:
+        return _mix(x, weight, bias, window, start)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.cut = inputs
+        x, weight, _, *ctx.cut = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         # To cut a map into windows and to put them together are each other's transposes.
-        grad_windows = _to_windows(grad, len(weight), ctx.cut)
+        grad_windows = _to_windows(grad, len(weight), *ctx.cut)
         grad_x = grad_weight = None
         if need_x:
-            windows = weight.to(grad.dtype).transpose(1, 2) @ grad_windows
-            grad_x = _from_windows(windows, x.shape, ctx.cut)
+            transposed = weight.to(grad.dtype).transpose(1, 2)
+            grad_x = _from_windows(transposed @ grad_windows, x.shape, *ctx.cut)
         if need_weight:
-            windows = _to_windows(x, len(weight), ctx.cut)
+            windows = _to_windows(x, len(weight), *ctx.cut)
             grad_weight = (grad_windows @ windows.transpose(1, 2)).to(weight.dtype)
         grad_bias = grad_windows.sum(2).to(weight.dtype) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
     @staticmethod
-    def jvp(ctx: Any, along_x: Any, along_weight: Any, along_bias: Any, _: Any) -> Tensor:
+    def jvp(ctx: Any, along_x: Any, along_weight: Any, along_bias: Any, *_: Any) -> Tensor:
         x, weight = ctx.saved_tensors
-        windows = torch.zeros_like(_to_windows(x, len(weight), ctx.cut))
+        windows = torch.zeros_like(_to_windows(x, len(weight), *ctx.cut))
         if along_x is not None:
-            windows = windows + weight @ _to_windows(along_x, len(weight), ctx.cut)
+            windows = windows + weight.to(x.dtype) @ _to_windows(along_x, len(weight), *ctx.cut)
         if along_weight is not None:
-            windows = windows + along_weight @ _to_windows(x, len(weight), ctx.cut)
+            windows = windows + along_weight.to(x.dtype) @ _to_windows(x, len(weight), *ctx.cut)
         if along_bias is not None:
-            windows = windows + along_bias[..., None]
-        return _from_windows(windows, x.shape, ctx.cut)
+            windows = windows + along_bias[..., None].to(x.dtype)
+        return _from_windows(windows, x.shape, *ctx.cut)
 
 
-def _mix(x: Tensor, weight: Tensor, bias: Tensor, cut: _Cut) -> Tensor:
-    """One batched product for all windows; weight (h, N, N), bias (h, N)."""
-    windows = torch.baddbmm(bias[..., None], weight, _to_windows(x, len(weight), cut))
-    return _from_windows(windows, x.shape, cut)
+def _mix(x: Tensor, weight: Tensor, bias: Tensor, window: int, start: int) -> Tensor:
+    """One batched product for all windows; weight (h, N, N), bias (h, N).
+
+    Args:
+        start: how far the map begins below and right of the first window's corner.
+    """
+    windows = _to_windows(x, len(weight), window, start)
+    mixed = torch.baddbmm(bias[..., None], weight, windows)
+    return _from_windows(mixed, x.shape, window, start)
 
 
-def _to_windows(x: Tensor, heads: int, cut: _Cut) -> Tensor:
+def _to_windows(x: Tensor, heads: int, window: int, start: int) -> Tensor:
     """(B, H, W, C) -> (h, N, B*n*d): heads first and windows beside the channels, zeros around the map."""
-    window, start = cut
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, start, -(width + start) % window, start, -(height + start) % window))
-    x = x.unflatten(3, (heads, -1)).unflatten(2, (-1, window)).unflatten(1, (-1, window))
-    return x.permute(5, 2, 4, 0, 1, 3, 6).flatten(3).flatten(1, 2)  # h w w B H/w W/w d
+    batch, height, width, channels = x.shape
+    grid = (height // window, window, width // window, window)
+    x = x.reshape(batch, *grid, heads, channels // heads)
+    return x.permute(5, 2, 4, 0, 1, 3, 6).reshape(heads, window**2, -1)  # h w w B H/w W/w d
 
 
-def _from_windows(x: Tensor, shape: torch.Size, cut: _Cut) -> Tensor:
+def _from_windows(x: Tensor, shape: torch.Size, window: int, start: int) -> Tensor:
     """(h, N, B*n*d) -> (B, H, W, C), without what lies around the map."""
-    window, start = cut
-    batch, height, width, _ = shape
+    batch, height, width, channels = shape
     rows, columns = (-(-(side + start) // window) for side in (height, width))
-    x = x.view(len(x), window, window, batch, rows, columns, -1)
-    x = x.permute(3, 4, 1, 5, 2, 0, 6).flatten(5).flatten(3, 4).flatten(1, 2)
-    return x[:, start : start + height, start : start + width]
+    x = x.view(len(x), window, window, batch, rows, columns, channels // len(x))
+    x = x.permute(3, 4, 1, 5, 2, 0, 6)  # B H/w w W/w w h d
+    x = x.reshape(batch, rows * window, columns * window, channels)
+    return x.narrow(1, start, height).narrow(2, start, width)

@@ -14,6 +14,8 @@ from benchmarks.literal import literal
 from benchmarks.report import bounds, costs, figures, file_name, machine_folder, pooled, to_markdown
 from models import create_model
 from models.layers.batch_norm import BatchNorm2d
+from models.layers.depthwise import DepthwiseConv2d
+from models.layers.layer_norm import LayerNorm
 from tests.small_models import METAFORMER, SMALL
 from utils.amp import Amp
 
@@ -88,10 +90,16 @@ def test_the_literal_model_multiplies_by_pytorchs_own_linear(family, monkeypatch
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_the_literal_model_has_pytorchs_own_batch_norms(family):
+def test_the_literal_model_has_pytorchs_own_norms_and_convolutions(family):
     model, _ = tiny(family)
-    forwards = {type(m).forward for m in literal(model).modules() if isinstance(m, BatchNorm2d)}
-    assert BatchNorm2d.forward not in forwards
+    forwards = {type(m).forward for m in literal(model).modules()}
+    assert not {cls.forward for cls in (BatchNorm2d, LayerNorm, DepthwiseConv2d)} & forwards
+
+
+def test_norms_without_bias_are_written_out_as_in_the_releases():
+    norms = [m for m in literal(tiny("dfformer")[0]).modules() if isinstance(m, nn.LayerNorm)]
+    assert {type(m).__name__ for m in norms if m.bias is None} == {"BiasFreeNorm"}
+    assert any(m.bias is None for m in norms)
 
 
 def test_the_model_itself_stays_as_it_was():

@@ -48,13 +48,15 @@ def test_compiled_it_is_pytorchs_layer_norm(bias, monkeypatch):
         calls.clear()
 
 
-def test_everywhere_else_it_is_pytorchs():
+def test_everywhere_else_it_is_pytorchs(monkeypatch):
     ours, plain = norms()
     x = torch.randn(4, 6)
+    monkeypatch.setattr("models.layers.layer_norm._layer_norm", None)
     assert torch.equal(ours(x), plain(x))
-    with torch.autocast("cpu", torch.bfloat16):
-        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x.bfloat16()), plain(x.bfloat16()))
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(x.to(dtype)), plain(x.to(dtype)))
     unweighted = LayerNorm(6, elementwise_affine=False)
     torch.testing.assert_close(torch.compile(unweighted, backend="eager")(x), unweighted(x))
 
@@ -72,3 +74,13 @@ def test_the_operator_keeps_the_rules_of_operators(shape, bias):
     inputs = (torch.randn(shape), torch.rand(6), torch.randn(6) if bias else None)
     inputs = [x if x is None else x.requires_grad_() for x in inputs]
     assert_sound(torch.ops.mixlab.layer_norm.default, (*inputs, 1e-5))
+
+
+def test_the_operators_take_any_strides():
+    x, grad = (torch.randn(4, 6, 7).transpose(1, 2) for _ in range(2))
+    weight = torch.rand(6)
+    assert_sound(torch.ops.mixlab.layer_norm.default, (x.requires_grad_(), weight, None, 1e-5))
+    mean, inverse = torch.ops.mixlab.layer_norm(x.detach(), weight, None, 1e-5)[1:]
+    found = torch.ops.mixlab.layer_norm_backward(grad, x.detach(), mean, inverse, weight)
+    y = torch.nn.functional.layer_norm(x, (6,), weight)
+    torch.testing.assert_close(found[0], torch.autograd.grad(y, x, grad)[0])

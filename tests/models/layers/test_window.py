@@ -291,6 +291,14 @@ def test_window_mlp_has_the_derivatives_of_its_formula(size, shifted):
     batch = torch.randn(3, 2, *size, 4, dtype=torch.float64, requires_grad=True)
     mapped = torch.vmap(module)(batch)
     torch.testing.assert_close(mapped, torch.stack([module(x) for x in batch]))
+    batch = batch.detach()
+    _, along = torch.func.jvp(torch.vmap(module), (batch,), (batch.cos(),))
+    torch.testing.assert_close(along, torch.stack([module(x) for x in batch.cos()]) - module(0 * x))
+    directions = torch.randn(3, 2, *size, 4, dtype=torch.float64)
+    found = torch.autograd.grad(module(x), inputs, directions, is_grads_batched=True)
+    for i, direction in enumerate(directions):
+        expected = torch.autograd.grad(module(x), inputs, direction)
+        torch.testing.assert_close([gradient[i] for gradient in found], list(expected))
 
 
 def test_window_mlp_under_autocast_keeps_half_precision_and_gives_gradients_in_full():
@@ -307,6 +315,8 @@ def test_window_mlp_under_autocast_keeps_half_precision_and_gives_gradients_in_f
     for gradient, reference in zip(torch.autograd.grad(out.sum(), inputs), expected, strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - reference).norm() < 2e-2 * reference.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.double()(x.double()).dtype == torch.float64  # which autocast leaves alone
 
 
 SHAPES = [(1, 2, 4, 4), (5, 2, 4, 4), (4, 4)]
@@ -354,14 +364,80 @@ def test_attention_with_a_learned_bias_has_the_gradients_of_the_formula(bias_sha
         assert gradients[0].stride() == inputs[0].stride()  # the layout of the projection
 
 
-@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention, WindowMlp])
 def test_no_images_are_no_error(cls):
-    module = attention(cls, (6, 6), 3, 1)
+    module = WindowMlp(2, (6, 6), 3) if cls is WindowMlp else attention(cls, (6, 6), 3, 1)
     x = torch.randn(0, 6, 6, 8, requires_grad=True)
     module(x).sum().backward()
     assert x.grad.shape == x.shape
     with torch.no_grad():
         assert module.eval()(x).shape == x.shape
+
+
+def packed_inputs():
+    """q, k and v as `WindowAttention.project` lays them out, and a bias; 5 windows, 2 heads, 4 tokens."""
+    qkv = torch.randn(5, 4, 2, 3, 3, dtype=torch.float64).permute(3, 0, 2, 1, 4)
+    return qkv, torch.randn(1, 2, 4, 4, dtype=torch.float64)
+
+
+def test_several_gradients_at_once_are_those_of_the_formula():
+    inputs = [x.requires_grad_() for x in packed_inputs()]
+    out, expected = biased_attention(*inputs, 0.3), formula(*inputs[0], inputs[1], 0.3)
+    directions = torch.randn(3, *out.shape, dtype=out.dtype)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, directions, is_grads_batched=True),
+        torch.autograd.grad(expected, inputs, directions, is_grads_batched=True),
+    )
+    one = torch.autograd.grad(biased_attention(*inputs, 0.3), inputs, directions[0])
+    assert one[0].stride() == inputs[0].stride()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch.func's own
+@pytest.mark.parametrize("grad", [False, True])
+def test_transforms_of_functions_go_through_attention(grad):
+    inputs = packed_inputs()
+    inputs = tuple(x.float().requires_grad_(grad) for x in inputs)
+    tangents = tuple(x.detach().cos() for x in inputs)
+
+    def ours(qkv, bias):
+        return biased_attention(qkv, bias, 0.3)
+
+    def plain(qkv, bias):
+        return formula(*qkv, bias, 0.3)
+
+    with torch.set_grad_enabled(grad):
+        found, expected = (torch.func.jvp(f, inputs, tangents) for f in (ours, plain))
+        torch.testing.assert_close(found, expected)
+        stacked = tuple(torch.stack([x, 2 * x]) for x in inputs)
+        torch.testing.assert_close(torch.vmap(ours)(*stacked), torch.vmap(plain)(*stacked))
+        found, expected = (
+            torch.func.grad(lambda *x, f=f: f(*x).square().sum(), (0, 1))(*inputs)
+            for f in (ours, plain)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_derivatives_carried_forward_are_not_lost_in_evaluation():
+    qkv, bias = (x.float() for x in packed_inputs())
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(qkv, qkv.cos())
+        found, expected = biased_attention(dual, bias, 0.3), formula(*dual, bias, 0.3)
+        for part in (0, 1):
+            unpacked = (torch.autograd.forward_ad.unpack_dual(y)[part] for y in (found, expected))
+            torch.testing.assert_close(*unpacked)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_default_device_is_not_asked(grad):
+    module = attention(WindowAttention, (6, 6), 3, 1)
+    x = torch.randn(1, 6, 6, 8)
+    with torch.set_grad_enabled(grad):
+        expected = module(x)
+        with torch.device("meta"):
+            out = module(x)
+            if grad:
+                out.sum().backward()
+    torch.testing.assert_close(out, expected)
 
 
 def test_a_learned_bias_in_bfloat16_gets_the_gradient_of_the_formula_in_float32():
