@@ -105,7 +105,10 @@ class Looks:
         size = tuple(image.shape[-2:])
         if not self.slides:
             padded = pad_to_multiple(image[None], self.divisor)
-            return View(model(padded)[0], tuple(padded.shape[-2:]), size, mirrored)
+            logits = model(padded)[0]
+            # A compiled model's may lie in a CUDA graph's memory, which the next look overwrites.
+            logits = logits if self.single else logits.clone()
+            return View(logits, tuple(padded.shape[-2:]), size, mirrored)
         return View(self._slide(model, image), size, size, mirrored)
 
     def _slide(self, model: nn.Module, image: Tensor) -> Tensor:

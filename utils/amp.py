@@ -149,7 +149,9 @@ def _resolve(dtype: str, device: torch.device) -> torch.dtype:
         return DTYPES[dtype]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Not one that GPUs before Ampere emulate, slowly.
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def _import_apex(opt_level: str) -> Any:

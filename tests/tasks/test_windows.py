@@ -160,6 +160,23 @@ def test_the_sides_of_scales_are_rounded_with_halves_up():
 
 
 @torch.no_grad()
+def test_looks_survive_a_model_that_writes_over_its_last_result():
+    """As one in a CUDA graph does."""
+    image, kept = torch.rand(3, 64, 96), []
+
+    def logits(x):
+        return torch.cat([x, x.flip(-1).square()], 1)[:, :, ::4, ::4]
+
+    def overwriting(x):
+        kept[:] = kept or [logits(x)]
+        return kept[0].copy_(logits(x))
+
+    looks = Looks(flip=True)
+    expected = looks.labels(logits, image, (64, 96))
+    assert torch.equal(looks.labels(overwriting, image, (64, 96)), expected)
+
+
+@torch.no_grad()
 def test_flipping_changes_nothing_for_a_symmetric_model():
     class Symmetric(nn.Module):
         def forward(self, x):

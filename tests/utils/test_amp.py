@@ -22,7 +22,7 @@ def test_auto_on_the_cpu_is_float32():
 @pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float16")])
 def test_auto_on_a_gpu_prefers_bf16(monkeypatch, supported, expected):
     """Trap: fp16 overflows where bf16 does not."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: SimpleNamespace(**k))
     assert Amp("cuda").name == expected
 

@@ -177,7 +177,7 @@ def _launch(
 
 
 @tuned(_QUERY_BLOCKS, key=["HEAD_DIM", "work"])
-@triton.jit(do_not_specialize=["work"])
+@triton.jit(do_not_specialize=["work", "num_rows"])
 def _forward_kernel(
     q,
     k,
@@ -232,7 +232,7 @@ def _forward_kernel(
 
 
 @tuned(_QUERY_BLOCKS, key=["HEAD_DIM", "work"])
-@triton.jit(do_not_specialize=["work"])
+@triton.jit(do_not_specialize=["work", "num_rows"])
 def _grad_query_kernel(
     q,
     k,
@@ -293,7 +293,7 @@ def _grad_query_kernel(
 
 
 @tuned(_KEY_BLOCKS, key=["HEAD_DIM", "work"])
-@triton.jit(do_not_specialize=["work"])
+@triton.jit(do_not_specialize=["work", "num_rows"])
 def _grad_key_value_kernel(
     q,
     k,
