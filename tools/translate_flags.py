@@ -232,8 +232,11 @@ WITHOUT: dict[str, tuple[str | None, str]] = {
     "--use_volta32": (None, "tools/submit.py --constraint volta32gb is the same"),
     "--no-tensorboard": (None, "a run writes curves where TensorBoard is installed"),
     "--test_speed": (None, "a run ends with throughput.json; --throughput times alone"),
-    "--visualize_mask": (None, "the kept patches are in the model's token_maps()"),
-    "--n_visualization": ("?", "the kept patches are in the model's token_maps()"),
+    "--visualize_mask": (
+        None,
+        "`python tools/predict.py IMAGE ... --draw FOLDER` draws the kept patches",
+    ),
+    "--n_visualization": ("?", "`python tools/predict.py` draws the images that it is given"),
 }
 
 # EViT's names of models -> ours; keep rate and fusion are flags there, and in our names.
@@ -266,10 +269,10 @@ def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
             name, **(dict(nargs=count) if count else dict(action="store_true")), default=None
         )
     values, unknown = parser.parse_known_args(list(own))
+    path = _file_of(values)  # first: where the whole program is another one, it says so
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown flag {unknown[0]}; near it are {nearest(unknown[0], known)[:3]}")
-    path = _file_of(values)
     plain = load_config(path)
     settings = _settings(values, plain.MODEL.TYPE.lower())
     if settings["DATA.DATASET"] != plain.DATA.DATASET and plain.MODEL.NUM_CLASSES is not None:

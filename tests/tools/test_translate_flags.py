@@ -211,6 +211,10 @@ def test_a_job_of_submitit_is_one_of_ours(flags, expected):
         ),
         ("--model dfformer_s18", "start from configs/dfformer/dfformer_s18.yaml"),
         (
+            "./distributed_train.sh 8 /data --model dfformer_s18 -b 128 --opt adamw --lr 1e-3 --amp",
+            "start from configs/dfformer/dfformer_s18.yaml",
+        ),
+        (
             "--model deit_tiny_patch16_224 --fuse_token",
             "--fuse_token is not a flag of --model deit",
         ),
