@@ -13,6 +13,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,10 +99,15 @@ class Predictor:
         """Of a class: the checkpoint's, ImageNet's for 1000 of them, or its number."""
         if label < len(self.names):
             return str(self.names[label])
-        imagenet = ImageNetInfo()
-        if num_classes == imagenet.num_classes():
-            return imagenet.index_to_description(label)
+        if num_classes == _imagenet().num_classes():
+            return _imagenet().index_to_description(label)
         return f"class {label}"
+
+
+@cache
+def _imagenet() -> ImageNetInfo:
+    """Reads its names from files, so once and not for each class."""
+    return ImageNetInfo()
 
 
 def map_positions(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .eager import compiled_for_cpu
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d`: same parameters and buffers, same results up to rounding.
@@ -25,11 +27,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _suits_operator(self, x: Tensor) -> bool:
         return (
-            torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
+            compiled_for_cpu(x)
             and self.training
             and torch.is_grad_enabled()
-            and x.device.type == "cpu"
             # PyTorch's layer refuses what has no variance, and knows what to do with an empty batch.
             and x.ndim == 4
             and x.numel() > x.shape[1]

@@ -1,8 +1,9 @@
 """Convolution with a filter of its own for each channel."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .eager import compiled_for_cpu
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -21,11 +22,7 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (
-            torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
-            and x.device.type == "cpu"
-        ):
+        if not compiled_for_cpu(x):
             return super().forward(x)
         weight = self.weight.reshape(self.groups, *self.kernel_size, 1).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)

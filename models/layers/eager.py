@@ -24,6 +24,12 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_eager(x)
 
 
+def compiled_for_cpu(x: Tensor) -> bool:
+    """Whether a compiler, and no exporter, makes code of what is done with `x` on a CPU."""
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiled and x.device.type == "cpu"
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether `x` belongs to a transform such as `torch.vmap`, and has no memory of its own."""
     try:

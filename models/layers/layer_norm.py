@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .eager import compiled_for_cpu
+
 
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` over the last axis: same parameters, same results up to rounding.
@@ -21,9 +23,7 @@ class LayerNorm(nn.LayerNorm):
 
     def _suits_operator(self, x: Tensor) -> bool:
         return (
-            torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
-            and x.device.type == "cpu"
+            compiled_for_cpu(x)
             and self.weight is not None
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")

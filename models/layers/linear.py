@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .eager import eager_on_cpu
+from .eager import compiled_for_cpu, eager_on_cpu
 from .packed import UNCOUNTED, PackedWeight
 
 # Below, setting up the convolution costs more than it saves.
@@ -209,10 +209,8 @@ def _flops(x_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
 
 def _suits_convolution(x: Tensor, weight: Tensor) -> bool:
     # First what keeps exporters away from the sizes: a comparison would bound their free batch.
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return (
-        (compiled or eager_on_cpu(x))
-        and x.device.type == "cpu"
+        (compiled_for_cpu(x) or eager_on_cpu(x))
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and multiplies_by_onednn()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from .activations import GELU, SiLU
-from .eager import eager_on_cpu, have_tangents
+from .eager import compiled_for_cpu, eager_on_cpu, have_tangents
 
 # Rows that oneDNN is told to expect; the layout serves any number of them.
 _EXPECTED_ROWS = 1024
@@ -72,11 +72,10 @@ class PackedWeight:
 
         Compilers do not ask whether `source` has changed: what they make of `product` asks at each call.
         """
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiled = compiled_for_cpu(x)
         return (
             not self.is_empty
             and (compiled or eager_on_cpu(x))
-            and x.device.type == "cpu"
             and x.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not source.requires_grad
