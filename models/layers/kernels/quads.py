@@ -17,8 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Frequency pairs and channels of a tile; fixed, so that partial sums do not depend on a measurement.
+# Frequency pairs and most channels of a tile; fixed, so that partial sums do not depend on a measurement.
 _TILE_F, _MAX_TILE_C = 16, 128
+
+# Where sums over images stay in registers: with more channels a multiprocessor has room for one program, not
+# for two.
+_MAX_TILE_C_SUMMED = 64
 
 # Programs that keep a large GPU busy; beyond them sums over images are made in registers.
 _MANY_PROGRAMS = 1024
@@ -62,15 +66,16 @@ def _filter_backward(
     """Gradients of quads, table and routing; the last one is empty without routing."""
     grad, quads, table = grad.contiguous(), quads.contiguous(), table.contiguous()
     batch = quads.shape[0]
-    tiles_f, tiles_c = _tiles(quads)
     grad_quads = torch.empty_like(quads)
     if routing is None:
+        tiles_f, tiles_c = _tiles(quads, _MAX_TILE_C_SUMMED)
         parts = min(batch, triton.cdiv(_MANY_PROGRAMS, tiles_f * tiles_c))
         table_parts = quads.new_empty(parts, *table.shape, dtype=torch.float32)
         outputs = (grad, grad_quads, table_parts)
-        _launch(_backward_kernel, quads, table, outputs, parts)
+        _launch(_backward_kernel, quads, table, outputs, parts, _MAX_TILE_C_SUMMED)
         return grad_quads, table_parts.sum(0).to(table.dtype), table.new_empty(0)
     routing = routing.contiguous()
+    tiles_f, tiles_c = _tiles(quads)
     table_parts = quads.new_empty(batch * tiles_c, *table.shape, dtype=torch.float32)
     routing_parts = quads.new_empty(tiles_f, *routing.shape, dtype=torch.float32)
     outputs = (grad, grad_quads, routing, table_parts, routing_parts)
@@ -104,14 +109,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _filter.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _tile_c(channels: int) -> int:
-    return min(_MAX_TILE_C, triton.next_power_of_2(channels))
+def _tile_c(channels: int, max_tile_c: int) -> int:
+    return min(max_tile_c, triton.next_power_of_2(channels))
 
 
-def _tiles(quads: Tensor) -> tuple[int, int]:
+def _tiles(quads: Tensor, max_tile_c: int = _MAX_TILE_C) -> tuple[int, int]:
     """Tiles of frequency pairs and of channels."""
     _, _, rows, _, columns, channels = quads.shape
-    return triton.cdiv(rows * columns, _TILE_F), triton.cdiv(channels, _tile_c(channels))
+    tiles_c = triton.cdiv(channels, _tile_c(channels, max_tile_c))
+    return triton.cdiv(rows * columns, _TILE_F), tiles_c
 
 
 def _launch(
@@ -120,11 +126,12 @@ def _launch(
     table: Tensor,
     others: tuple[Tensor, ...],
     parts: int,
+    max_tile_c: int = _MAX_TILE_C,
     **flags: bool,
 ) -> None:
     """One program per tile of frequencies and channels, and part of the batch."""
     batch, _, rows, _, columns, channels = quads.shape
-    tiles_f, tiles_c = _tiles(quads)
+    tiles_f, tiles_c = _tiles(quads, max_tile_c)
     if quads.numel():
         # Triton launches on the current device, which need not be the tensor's.
         with torch.cuda.device_of(quads):
@@ -138,7 +145,7 @@ def _launch(
                 C=channels,
                 K=table.shape[-1],
                 TILE_F=_TILE_F,
-                TILE_C=_tile_c(channels),
+                TILE_C=_tile_c(channels, max_tile_c),
                 **flags,
                 num_warps=8,  # with 4, a thread's share of a tile does not fit its registers
             )

@@ -25,14 +25,15 @@ from .tuning import tuned, work_class
 # Triton's exponential is base 2.
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# What is summed over goes in blocks of one size, so that configurations differ in little but speed.
+# What is summed over goes in blocks of one size, so that configurations differ in little but speed. The first
+# one fits the registers and the shared memory of every GPU, also where a row has `MAX_ROW` bytes.
 _QUERY_BLOCKS = [
     triton.Config({"BLOCK_Q": rows, "BLOCK_K": 64}, num_warps=warps, num_stages=stages)
-    for rows, warps, stages in ((64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 2))
+    for rows, warps, stages in ((32, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2), (128, 8, 2))
 ]
 _KEY_BLOCKS = [
     triton.Config({"BLOCK_Q": 64, "BLOCK_K": keys}, num_warps=warps, num_stages=2)
-    for keys, warps in ((64, 4), (32, 4), (64, 8), (128, 8))
+    for keys, warps in ((32, 8), (64, 4), (32, 4), (64, 8), (128, 8))
 ]
 
 

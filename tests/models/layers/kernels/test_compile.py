@@ -1,4 +1,4 @@
-"""Triton's compiler takes every kernel, for a Hopper GPU that need not be there: the interpreter is lax."""
+"""Triton's compiler takes every kernel, for GPUs that need not be there: the interpreter is lax."""
 
 import pytest
 
@@ -9,9 +9,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from models.layers import kernels
 from models.layers.kernels import dilated, quads, ragged
 from models.layers.kernels.tuning import Tuned
 from tests.models.layers.kernels.tools import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
 MODULES = dict(dilated=dilated, quads=quads, ragged=ragged)
 ATTENTION = dict(HEADS=3, HEAD_DIM=24, D=32)
@@ -43,23 +46,53 @@ def argument_type(name, dtype):
     return TYPES.get(name, "i32" if whole else f"*{dtype}")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize(("name", "dtype", "constants"), KERNELS)
-def test_kernels_compile_for_hopper(name, dtype, constants, monkeypatch, tmp_path):
+HOPPER, SMALL_AMPERE = 90, 86
+# Of a program, on GPUs with the least: Ampere and Ada without HBM, and consumer Blackwell.
+LEAST_SHARED_MEMORY = 99 * 1024
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(name, dtype, constants, capability):
+    """A kernel as a launch compiles it: what is contiguous is aligned; of tuned ones the first choice."""
     module, attribute = name.split(".")
     kernel = getattr(MODULES[module], attribute)
     options = dict(num_warps=8)
     if isinstance(kernel, Tuned):
         choice, kernel = kernel.configs[0], kernel.kernel
-        constants, options = constants | choice.kwargs, dict(num_warps=choice.num_warps)
+        constants = constants | choice.kwargs
+        options = dict(num_warps=choice.num_warps, num_stages=choice.num_stages)
     signature = {
         name: "constexpr" if name in constants else argument_type(name, dtype)
         for name in kernel.arg_names
     }
-    source = ASTSource(kernel, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.asm["cubin"]
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith(("_image", "_head", "_row"))
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize(("name", "dtype", "constants"), KERNELS)
+def test_kernels_compile_for_hopper(name, dtype, constants):
+    assert compiled(name, dtype, constants, HOPPER).asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    "name", ["_forward_kernel", "_grad_query_kernel", "_grad_key_value_kernel"]
+)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_widest_heads_fit_the_smallest_gpus(name, dtype, itemsize):
+    """`kernels.available` lets rows of MAX_ROW bytes through, and the first choice must then run."""
+    head_dim = kernels.MAX_ROW // itemsize
+    constants = RAGGED | dict(HEAD_DIM=head_dim, D=head_dim)
+    kernel = compiled(f"ragged.{name}", dtype, constants, SMALL_AMPERE)
+    assert 0 < kernel.metadata.shared <= LEAST_SHARED_MEMORY
 
 
 def test_deterministic_runs_take_the_first_configuration(monkeypatch):
