@@ -5,9 +5,9 @@
 Merge order: defaults, BASE files (depth first), the file, `--opts`, named flags that were given. The
 result is validated, then frozen, once; this module alone changes a CfgNode. The keys of `MODEL.<NODE>`
 are not listed: they are the keyword arguments of the architecture's constructor (`models/registry.py`).
+`utils/config_rules.py` says which values a key takes.
 """
 
-import ast
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from yacs.config import CfgNode
 
@@ -23,9 +22,10 @@ import models  # noqa: F401  importing it registers every architecture
 from models import registry
 from models.heads import find_head, head_entries
 from models.layers.tokens import to_pair
+from utils import config_rules as rules
 from utils.sharding import check_sharding
 from utils.spelling import nearest
-from utils.wrappers import COMPILE_MODES, CUDA_GRAPH_MODES
+from utils.wrappers import CUDA_GRAPH_MODES
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,9 +43,8 @@ _C.DATA.ZIP_MODE = False  # read {train,val}.zip with {train,val}_map.txt instea
 _C.DATA.CACHE_MODE = "part"  # zip in memory: no | full | part (each process keeps its own share)
 _C.DATA.PIN_MEMORY = True  # page-locked batches, where there is a GPU
 _C.DATA.NUM_WORKERS = 8  # loader processes per training process
-_C.DATA.DECODER = (
-    "pil"  # pil | cv2 | simplejpeg (pip install simplejpeg): JPEGs faster, equal within rounding
-)
+# pil | cv2 | simplejpeg (pip install simplejpeg): JPEGs faster, equal within rounding
+_C.DATA.DECODER = "pil"
 _C.DATA.DECODE_MIN_SIDE = 0  # > 0: decode JPEGs at 1/2, 1/4, ..., no side below this; inexact, fast
 _C.DATA.ON_DEVICE = False  # small datasets (cifar10, digits): all images on the device, no workers
 _C.DATA.ON_ERROR = "raise"  # unreadable image: raise | skip (logged, counted; classification only)
@@ -55,9 +54,7 @@ _C.DATA.SYNTHETIC = CfgNode()  # DATASET: synthetic, random images for smoke run
 _C.DATA.SYNTHETIC.TRAIN_SIZE = 256  # images
 _C.DATA.SYNTHETIC.VAL_SIZE = 64
 _C.DATA.SYNTHETIC.NUM_CLASSES = 10
-_C.DATA.LISTS = (
-    CfgNode()
-)  # DATASET: lists, text files of `path label`; docs/data.md has all formats
+_C.DATA.LISTS = CfgNode()  # DATASET: lists, files of `path label`; docs/data.md has all formats
 _C.DATA.LISTS.TRAIN = []  # list files, one or several jointly, relative to DATA_PATH
 _C.DATA.LISTS.VAL = []
 _C.DATA.LISTS.IMAGES = ""  # folder that the listed paths are relative to, below DATA_PATH
@@ -65,13 +62,11 @@ _C.DATA.LISTS.CLASSES = ""  # file with a class name per line; '': classes.txt, 
 _C.DATA.DOMAINNET = CfgNode()  # DATASET: domainnet or pacs
 _C.DATA.DOMAINNET.DOMAINS = []  # one domain, or several jointly; []: all of them
 _C.DATA.INAT = CfgNode()  # DATASET: inat2018 or inat2019
-_C.DATA.INAT.CATEGORY = (
-    "name"  # kingdom | phylum | class | order | supercategory | family | genus | name
-)
+# kingdom | phylum | class | order | supercategory | family | genus | name
+_C.DATA.INAT.CATEGORY = "name"
 _C.DATA.WEBDATASET = CfgNode()  # DATASET: webdataset
-_C.DATA.WEBDATASET.TRAIN = (
-    ""  # shards below DATA_PATH, train-{000..146}.tar; '': by the split's name
-)
+# Shards below DATA_PATH, train-{000..146}.tar; '': by the split's name
+_C.DATA.WEBDATASET.TRAIN = ""
 _C.DATA.WEBDATASET.VAL = ""
 _C.DATA.PARQUET = CfgNode()  # DATASET: parquet, as on the Hugging Face Hub
 _C.DATA.PARQUET.TRAIN = ""  # files below DATA_PATH, data/train-*.parquet; '': by the split's name
@@ -145,9 +140,8 @@ _C.TRAIN.LR_SCHEDULER.GAMMA = 0.1  # multistep: factor
 _C.TRAIN.LR_SCHEDULER.MULTISTEPS = []  # multistep: epochs of the decays
 _C.TRAIN.LR_SCHEDULER.POWER = 0.9  # poly: exponent
 _C.TRAIN.OPTIMIZER = CfgNode()
-_C.TRAIN.OPTIMIZER.NAME = (
-    "adamw"  # adamw | sgd | fused_adam | fused_lamb (Apex) | any timm optimizer
-)
+# adamw | sgd | fused_adam | fused_lamb (Apex) | any timm optimizer
+_C.TRAIN.OPTIMIZER.NAME = "adamw"
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
@@ -157,9 +151,8 @@ _C.TRAIN.EMA.DECAY = 0.9999
 _C.TRAIN.EMA.WARMUP = False  # start with a shorter memory
 _C.TRAIN.EMA.EVALUATE = True  # False: kept in checkpoints, and the trained weights scored
 _C.TRAIN.SYNC_BN = False  # batch statistics over all processes
-_C.TRAIN.FSDP = (
-    False  # spread weights, gradients and optimizer over the processes; files as without
-)
+# spread weights, gradients and optimizer over the processes; files as without
+_C.TRAIN.FSDP = False
 
 _C.TRAIN.DISTILLATION = CfgNode()  # DeiT's, for students with a distillation head
 _C.TRAIN.DISTILLATION.TYPE = "none"  # none | hard: the teacher's decisions | soft: its distribution
@@ -216,12 +209,10 @@ _C.AUG.SEGMENTATION.PHOTOMETRIC = True
 
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize beyond the size, then crop the centre; else resize to the size
-_C.TEST.CROP_RATIO = (
-    0.875  # size / side that is cropped from, 224 / 256; images beyond 32 pixels only
-)
-_C.TEST.CROP_MODE = (
-    "center"  # center: cover that side | squash: both sides to it | border: fit into it
-)
+# size / side that is cropped from, 224 / 256; images beyond 32 pixels only
+_C.TEST.CROP_RATIO = 0.875
+# center: cover that side | squash: both sides to it | border: fit into it
+_C.TEST.CROP_MODE = "center"
 # The rest of TEST is for --eval, see docs/evaluation.md.
 _C.TEST.SETS = ["val"]  # what is scored: val, and evaluation sets as NAME=PATH
 _C.TEST.TTA = "none"  # views whose probabilities are averaged: none | flip | five | ten (crops)
@@ -284,296 +275,27 @@ for _head in head_entries():
         {name.upper(): copy.deepcopy(field.default) for name, field in _head.fields.items()}
     )
 
-# Types beyond that of the default, and those of list elements where the default does not show them.
-# Architecture nodes get theirs from the constructors' annotations.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "DATA.IMG_SIZE": (int, list),
-    "MODEL.NUM_CLASSES": (int, type(None)),
-    "TRAIN.WARMUP_EPOCHS": (int, float),
-    "TRAIN.WEIGHT_DECAY_END": (float, type(None)),
-    "TRAIN.BCE_THRESHOLD": (float, type(None)),
-    "AUG.CUTMIX_MINMAX": (list, type(None)),
-}
-_ELEMENTS: dict[str, tuple[type, ...]] = {
-    "DATA.LISTS.TRAIN": (str,),
-    "DATA.LISTS.VAL": (str,),
-    "DATA.DOMAINNET.DOMAINS": (str,),
-    "DATA.IMG_SIZE": (int,),
-    "TRAIN.FREEZE": (str,),
-    "TRAIN.LR_MULTIPLIERS": (str,),
-    "TRAIN.NO_WEIGHT_DECAY": (str,),
-    "TRAIN.LR_SCHEDULER.MULTISTEPS": (int, float),
-    "AUG.CUTMIX_MINMAX": (float,),
-    "INFO_SIZE": (int,),
-    "THROUGHPUT_SIZE": (int,),
-}
+# What constructors say about their own keywords: types by annotations; blocks of a stage, or of the whole
+# model, are at least one; ranges and lists of heads. All other ranges are the constructors' own.
+_BLOCKS = ("depth", "depths")
+rules.CHOICES["MODEL.HEAD.TYPE"] = tuple(entry.name for entry in head_entries())
 for _entry in [*registry.entries(), *head_entries()]:
     for _name, _field in _entry.fields.items():
-        _TYPES[_entry.keys[_name]] = _field.types
-        _ELEMENTS[_entry.keys[_name]] = _field.elements
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "TASK": ("classification", "detection", "segmentation"),
-    "MODEL.HEAD.TYPE": tuple(entry.name for entry in head_entries()),
-    "TEST.DETECTION.EVALUATOR": ("auto", "pycocotools", "faster"),
-    "TEST.SEGMENTATION.MODE": ("whole", "slide"),
-    "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
-    "DATA.CACHE_MODE": ("no", "full", "part"),
-    "DATA.INAT.CATEGORY": (
-        "kingdom",
-        "phylum",
-        "class",
-        "order",
-        "supercategory",
-        "family",
-        "genus",
-        "name",
-    ),
-    "DATA.ON_ERROR": ("raise", "skip"),
-    "DATA.DECODER": ("pil", "cv2", "simplejpeg"),
-    "TRAIN.LOSS": ("cross_entropy", "bce"),
-    "TRAIN.DISTILLATION.TYPE": ("none", "soft", "hard"),
-    "TRAIN.LR_SCALING": ("linear", "base", "none"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep", "poly"),
-    "AUG.CROP": ("resized", "simple"),
-    "AUG.REMODE": ("pixel", "const", "rand"),
-    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "TEST.CROP_MODE": ("center", "squash", "border"),
-    "TEST.TTA": ("none", "flip", "five", "ten"),
-    "TEST.ATTACK": ("none", "fgsm", "pgd"),
-    "AMP_DTYPE": ("auto", "bf16", "fp16"),
-    "COMPILE_MODE": COMPILE_MODES,
-    "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
-}
-
-# Keywords of architectures that count blocks.
-_BLOCKS = ("depth", "depths")
-
-# The interval of a number, or of each number of a list; a round bracket leaves its end out.
-_RANGES: dict[str, str] = {
-    "DATA.BATCH_SIZE": "[1, inf)",
-    "DATA.IMG_SIZE": "[1, inf)",
-    "DATA.NUM_WORKERS": "[0, inf)",
-    "DATA.DECODE_MIN_SIDE": "[0, inf)",
-    "DATA.SIZE_DIVISOR": "[1, inf)",
-    "DATA.MEAN": "[0, 1]",
-    "DATA.STD": "(0, inf)",
-    "DATA.SYNTHETIC.TRAIN_SIZE": "[1, inf)",
-    "DATA.SYNTHETIC.VAL_SIZE": "[1, inf)",
-    "DATA.SYNTHETIC.NUM_CLASSES": "[1, inf)",
-    "MODEL.NUM_CLASSES": "[0, inf)",
-    "MODEL.IN_CHANS": "[1, inf)",
-    "MODEL.DROP_RATE": "[0, 1)",
-    "MODEL.DROP_PATH_RATE": "[0, 1)",
-    "MODEL.LABEL_SMOOTHING": "[0, 1)",
-    "TRAIN.START_EPOCH": "[0, inf)",
-    "TRAIN.EPOCHS": "[0, inf)",
-    "TRAIN.MAX_STEPS": "[0, inf)",
-    "TRAIN.WARMUP_EPOCHS": "[0, inf)",
-    "TRAIN.WARMUP_STEPS": "[0, inf)",
-    "TRAIN.WEIGHT_DECAY": "[0, inf)",
-    "TRAIN.WEIGHT_DECAY_END": "[0, inf)",
-    "TRAIN.BASE_LR": "[0, inf)",
-    "TRAIN.WARMUP_LR": "[0, inf)",
-    "TRAIN.MIN_LR": "[0, inf)",
-    "TRAIN.CLIP_GRAD": "[0, inf)",
-    "TRAIN.ACCUMULATION_STEPS": "[0, inf)",
-    "TRAIN.LAYER_DECAY": "(0, 1]",
-    "TRAIN.BCE_THRESHOLD": "[0, 1)",
-    "TRAIN.DISTILLATION.TEACHER_SIZE": "[0, inf)",
-    "TRAIN.DISTILLATION.ALPHA": "[0, 1]",
-    "TRAIN.DISTILLATION.TAU": "(0, inf)",
-    "TRAIN.TOKEN_LABELS.TEACHER_SIZE": "[0, inf)",
-    "TRAIN.TOKEN_LABELS.WEIGHT": "[0, inf)",
-    "TRAIN.TOKEN_LABELS.MIX_ALPHA": "[0, inf)",
-    "TRAIN.FREEZE_DEPTH": "[0, inf)",
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": "[1, inf)",
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": "(0, 1]",
-    "TRAIN.LR_SCHEDULER.GAMMA": "(0, 1]",
-    "TRAIN.LR_SCHEDULER.MULTISTEPS": "[0, inf)",
-    "TRAIN.LR_SCHEDULER.POWER": "(0, inf)",
-    "TRAIN.OPTIMIZER.EPS": "[0, inf)",
-    "TRAIN.OPTIMIZER.BETAS": "[0, 1)",
-    "TRAIN.OPTIMIZER.MOMENTUM": "[0, 1)",
-    "TRAIN.EMA.DECAY": "[0, 1)",
-    "AUG.COLOR_JITTER": "[0, inf)",
-    "AUG.REPROB": "[0, 1]",
-    "AUG.RECOUNT": "[1, inf)",
-    "AUG.HFLIP": "[0, 1]",
-    "AUG.VFLIP": "[0, 1]",
-    "AUG.SCALE": "(0, 1]",
-    "AUG.RATIO": "(0, inf)",
-    "AUG.DETECTION.SHORT_SIDES": "[1, inf)",
-    "AUG.DETECTION.LONG_SIDE": "[1, inf)",
-    "AUG.DETECTION.CROP_SHORT_SIDES": "[1, inf)",
-    "AUG.DETECTION.CROP_SIDES": "[1, inf)",
-    "AUG.SEGMENTATION.RESIZE": "[1, inf)",
-    "AUG.SEGMENTATION.RATIOS": "(0, inf)",
-    "AUG.SEGMENTATION.CROP": "[1, inf)",
-    "AUG.SEGMENTATION.MAX_CLASS_SHARE": "(0, 1]",
-    "AUG.MIXUP": "[0, inf)",
-    "AUG.CUTMIX": "[0, inf)",
-    "AUG.CUTMIX_MINMAX": "[0, 1]",
-    "AUG.MIXUP_PROB": "[0, 1]",
-    "AUG.MIXUP_SWITCH_PROB": "[0, 1]",
-    "TEST.CROP_RATIO": "(0, 1]",
-    "TEST.ATTACK_EPS": "[0, 255]",
-    "TEST.ATTACK_STEPS": "[1, inf)",
-    "TEST.ATTACK_STEP_SIZE": "[0, 255]",
-    "TEST.PICTURES": "[0, inf)",
-    "TEST.DETECTION.SHORT_SIDE": "[1, inf)",
-    "TEST.DETECTION.LONG_SIDE": "[1, inf)",
-    "TEST.SEGMENTATION.RESIZE": "[1, inf)",
-    "TEST.SEGMENTATION.CROP": "[1, inf)",
-    "TEST.SEGMENTATION.STRIDE": "[1, inf)",
-    "TEST.SEGMENTATION.SCALES": "(0, inf)",
-    "INFO_SIZE": "[1, inf)",
-    "THROUGHPUT_SIZE": "[1, inf)",
-    "EVAL_FREQ": "[1, inf)",
-    "SAVE_FREQ": "[1, inf)",
-    "SAVE_KEEP": "[0, inf)",
-    "SAVE_STEPS": "[0, inf)",
-    "PRINT_FREQ": "[1, inf)",
-    "SEED": "[0, inf)",
-    "PLAN.WORLD_SIZE": "[0, inf)",
-    "PLAN.TRAIN_SIZE": "[0, inf)",
-}
-_NOT_EMPTY = (
-    "AUG.DETECTION.SHORT_SIDES",
-    "AUG.DETECTION.CROP_SHORT_SIDES",
-    "TEST.SEGMENTATION.SCALES",
-    *(
-        _entry.keys[_name]
-        for _entry in head_entries()
-        for _name, _field in _entry.fields.items()
-        if list in _field.types
-    ),
-)
-# Keys that a dense task would silently leave out: they keep their defaults there,
-_CLASSIFICATION_ONLY = (
-    "DATA.ZIP_MODE",
-    "DATA.ON_DEVICE",
-    "DATA.ON_ERROR",  # an image that is skipped would be missing in the scores
-    "DATA.DECODE_MIN_SIDE",
-    "TRAIN.LOSS",
-    "TRAIN.DISTILLATION.TYPE",
-    "TRAIN.TOKEN_LABELS.ENABLE",
-    "AUG.VFLIP",
-    "AUG.CUTMIX_MINMAX",
-    "AUG.REPEATED_AUG",
-    "TEST.SETS",
-    "TEST.TTA",
-    "TEST.ATTACK",
-    "TEST.PREDICTIONS",
-)
-# or, where the default is a recipe for classification, must be off.
-_OFF_IN_DENSE_TASKS = {
-    "MODEL.LABEL_SMOOTHING": 0.0,
-    "AUG.COLOR_JITTER": 0.0,
-    "AUG.AUTO_AUGMENT": "none",
-    "AUG.REPROB": 0.0,
-    "AUG.MIXUP": 0.0,
-    "AUG.CUTMIX": 0.0,
-}
-# Lists that are an interval, and lists that are a pair.
-_INTERVALS = (
-    "AUG.SCALE",
-    "AUG.RATIO",
-    "AUG.CUTMIX_MINMAX",
-    "AUG.DETECTION.CROP_SIDES",
-    "AUG.SEGMENTATION.RATIOS",
-)
-_PAIRS = {
-    "AUG.SEGMENTATION.RESIZE": "[long side, short side]",
-    "AUG.SEGMENTATION.CROP": "[height, width]",
-    "TEST.SEGMENTATION.RESIZE": "[long side, short side]",
-    "TEST.SEGMENTATION.CROP": "[height, width]",
-    "TEST.SEGMENTATION.STRIDE": "[height, width]",
-}
-# Blocks of a stage, or of the whole model: none is no stage. All other ranges are the constructors' own.
+        rules.TYPES[_entry.keys[_name]] = _field.types
+        rules.ELEMENTS[_entry.keys[_name]] = _field.elements
 for _entry in registry.entries():
-    _RANGES |= {_entry.keys[_name]: "[1, inf)" for _name in _entry.fields if _name in _BLOCKS}
-
-# The same for numbers among the keywords of heads, by patterns of their names that do not overlap.
-_HEAD_RANGES = {
-    "*channels": "[1, inf)",
-    "*convs": "[0, inf)",
-    "fc_dim": "[1, inf)",
-    "dropout": "[0, 1]",
-    "pool_scales": "[1, inf)",
-    "anchor_*": "(0, inf)",
-    "scales_per_octave": "[1, inf)",
-    "*_iou": "[0, 1]",
-    "*_threshold": "[0, 1]",
-    "*_fraction": "[0, 1]",
-    "*_weight": "[0, inf)",
-    "*_batch": "[1, inf)",
-    "*candidates*": "[1, inf)",
-    "*_proposals": "[1, inf)",
-    "roi_size": "[1, inf)",
-    "roi_sampling": "[0, inf)",
-    "focal_alpha": "[0, 1]",
-    "focal_gamma": "[0, inf)",
-    "prior": "(0, 1)",
-    "detections_per_image": "[1, inf)",
-    "soft_nms_sigma": "(0, inf)",
-    "soft_nms_min_score": "[0, 1]",
-}
-_RANGES |= {
-    _entry.keys[_name]: _interval
-    for _entry in head_entries()
-    for _name, _field in _entry.fields.items()
-    for _pattern, _interval in _HEAD_RANGES.items()
-    if fnmatchcase(_name, _pattern) and {int, float} & {*_field.types, *_field.elements}
-}
+    _counted = [_entry.keys[_name] for _name in _entry.fields if _name in _BLOCKS]
+    rules.RANGES.update(dict.fromkeys(_counted, "[1, inf)"))
+for _entry in head_entries():
+    for _name, _field in _entry.fields.items():
+        if list in _field.types:
+            rules.NOT_EMPTY.append(_entry.keys[_name])
+        for _pattern, _interval in rules.HEAD_RANGES.items():
+            if fnmatchcase(_name, _pattern) and {int, float} & {*_field.types, *_field.elements}:
+                rules.RANGES[_entry.keys[_name]] = _interval
 
 # Keys of Swin's and DFvT's files that have another home here.
 _ALIASES = {f"MODEL.{entry.node}.IN_CHANS": "MODEL.IN_CHANS" for entry in registry.entries()}
-
-# Keys of Swin's files that are accepted and do nothing: their default there, and why.
-_NO_SIMMIM = "SimMIM pre-training is not part of MixLab"
-_NO_MOE = "mixture-of-experts models are not part of MixLab"
-_IN_ORDER = "evaluation is always in order and exact"
-_INERT: dict[str, tuple[Any, str]] = {
-    "DATA.MASK_PATCH_SIZE": (32, _NO_SIMMIM),
-    "DATA.MASK_RATIO": (0.6, _NO_SIMMIM),
-    "MODEL.SIMMIM.NORM_TARGET.ENABLE": (False, _NO_SIMMIM),
-    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": (47, _NO_SIMMIM),
-    "MODEL.SWIN_MOE.PATCH_SIZE": (4, _NO_MOE),
-    "MODEL.SWIN_MOE.IN_CHANS": (3, _NO_MOE),
-    "MODEL.SWIN_MOE.EMBED_DIM": (96, _NO_MOE),
-    "MODEL.SWIN_MOE.DEPTHS": ([2, 2, 6, 2], _NO_MOE),
-    "MODEL.SWIN_MOE.NUM_HEADS": ([3, 6, 12, 24], _NO_MOE),
-    "MODEL.SWIN_MOE.WINDOW_SIZE": (7, _NO_MOE),
-    "MODEL.SWIN_MOE.MLP_RATIO": (4.0, _NO_MOE),
-    "MODEL.SWIN_MOE.QKV_BIAS": (True, _NO_MOE),
-    "MODEL.SWIN_MOE.QK_SCALE": (None, _NO_MOE),
-    "MODEL.SWIN_MOE.APE": (False, _NO_MOE),
-    "MODEL.SWIN_MOE.PATCH_NORM": (True, _NO_MOE),
-    "MODEL.SWIN_MOE.MLP_FC2_BIAS": (True, _NO_MOE),
-    "MODEL.SWIN_MOE.INIT_STD": (0.02, _NO_MOE),
-    "MODEL.SWIN_MOE.PRETRAINED_WINDOW_SIZES": ([0, 0, 0, 0], _NO_MOE),
-    "MODEL.SWIN_MOE.MOE_BLOCKS": ([[-1], [-1], [-1], [-1]], _NO_MOE),
-    "MODEL.SWIN_MOE.NUM_LOCAL_EXPERTS": (1, _NO_MOE),
-    "MODEL.SWIN_MOE.TOP_VALUE": (1, _NO_MOE),
-    "MODEL.SWIN_MOE.CAPACITY_FACTOR": (1.25, _NO_MOE),
-    "MODEL.SWIN_MOE.COSINE_ROUTER": (False, _NO_MOE),
-    "MODEL.SWIN_MOE.NORMALIZE_GATE": (False, _NO_MOE),
-    "MODEL.SWIN_MOE.USE_BPR": (True, _NO_MOE),
-    "MODEL.SWIN_MOE.IS_GSHARD_LOSS": (False, _NO_MOE),
-    "MODEL.SWIN_MOE.GATE_NOISE": (1.0, _NO_MOE),
-    "MODEL.SWIN_MOE.COSINE_ROUTER_DIM": (256, _NO_MOE),
-    "MODEL.SWIN_MOE.COSINE_ROUTER_INIT_T": (0.5, _NO_MOE),
-    "MODEL.SWIN_MOE.MOE_DROP": (0.0, _NO_MOE),
-    "MODEL.SWIN_MOE.AUX_LOSS_WEIGHT": (0.01, _NO_MOE),
-    "TRAIN.MOE.SAVE_MASTER": (False, _NO_MOE),
-    "TEST.SEQUENTIAL": (False, _IN_ORDER),
-    "TEST.SHUFFLE": (False, _IN_ORDER),
-    "ENABLE_AMP": (False, "AMP_ENABLE is the one switch of mixed precision"),
-    "LOCAL_RANK": (0, "the launcher's environment decides"),
-    "FUSED_WINDOW_PROCESS": (False, "windows need no kernel of their own here"),
-    "FUSED_LAYERNORM": (False, "PyTorch's own layer norm is fused"),
-}
 
 
 def load_config(
@@ -612,7 +334,7 @@ def validate(config: CfgNode) -> None:
     What only a mode needs is checked by `main.check`, so that a model can be built, timed and counted
     without the rest of a recipe: data, transforms, optimizer, an even batch for mixup.
     """
-    for key in _RANGES:
+    for key in rules.RANGES:
         _check_range(key, _get(config, key))
     registry.find(config.MODEL.TYPE)
     betas = config.TRAIN.OPTIMIZER.BETAS
@@ -620,25 +342,25 @@ def validate(config: CfgNode) -> None:
         raise ValueError(
             f"TRAIN.OPTIMIZER.BETAS={betas!r} must have two entries (three for timm's Adan)"
         )
-    for key in _INTERVALS:
+    for key in rules.INTERVALS:
         limits = _get(config, key)
         if limits is not None and (len(limits) != 2 or limits[0] > limits[1]):
             raise ValueError(f"{key}={limits!r} must be [smallest, largest]")
-    for key, meaning in _PAIRS.items():
+    for key, meaning in rules.PAIRS.items():
         if len(_get(config, key)) != 2:
             raise ValueError(f"{key}={_get(config, key)!r} must be {meaning}")
-    for key in _NOT_EMPTY:
+    for key in rules.NOT_EMPTY:
         if not _get(config, key):
             raise ValueError(f"{key}=[] must have at least one entry")
     if config.TASK != "classification":
         find_head(config.MODEL.HEAD.TYPE, config.TASK)
-        for key in _CLASSIFICATION_ONLY:
+        for key in rules.CLASSIFICATION_ONLY:
             if _get(config, key) != _get(_C, key):
                 raise ValueError(
                     f"{key}={_get(config, key)!r} is for classification: with TASK '{config.TASK}' leave it "
                     f"{_get(_C, key)!r}"
                 )
-        for key, off in _OFF_IN_DENSE_TASKS.items():
+        for key, off in rules.OFF_IN_DENSE_TASKS.items():
             if _get(config, key) != off:
                 raise ValueError(
                     f"{key}={_get(config, key)!r} is for classification: with TASK '{config.TASK}' set it to "
@@ -678,7 +400,7 @@ def checked(key: str, value: Any, source: str) -> Any:
     Raises:
         ValueError: wrong type, or out of range; the message names key, value and what is allowed.
     """
-    value = _of_type(key, value, source)
+    value = rules.of_type(key, value, _get(_C, key), source)
     _check_range(key, value)
     return value
 
@@ -756,17 +478,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Any]:
             yield key if isinstance(tree, CfgNode) else (key, value)
 
 
-def _within(value: float, interval: str) -> bool:
-    low, high = map(float, interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
 def _check_range(key: str, value: Any) -> None:
     """ValueError if a number of `value` is out of the key's interval, or an image size is no size."""
-    numbers = value if isinstance(value, list) else [] if value is None else [value]
-    if key in _RANGES and not all(_within(number, _RANGES[key]) for number in numbers):
-        raise ValueError(f"{key}={value!r} must be within {_RANGES[key]}")
+    rules.check_range(key, value)
     if key == "DATA.IMG_SIZE" or (key in ("INFO_SIZE", "THROUGHPUT_SIZE") and value):
         to_pair(value, key)
 
@@ -780,9 +494,9 @@ def _get(config: CfgNode, key: str) -> Any:
 
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     """Set one key after checking that it exists and that the value has its type."""
-    if key in _INERT:
-        default, reason = _INERT[key]
-        if (_decoded(value) if isinstance(value, str) else value) != default:
+    if key in rules.INERT:
+        default, reason = rules.INERT[key]
+        if (rules.decoded(value) if isinstance(value, str) else value) != default:
             _LOG.warning("%s=%r (%s) has no effect: %s", key, value, source, reason)
         return
     key = _ALIASES.get(_spelling(key), _spelling(key))
@@ -793,12 +507,12 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if not isinstance(node, CfgNode) or name not in node:
         raise ValueError(
             f"unknown config key {key} = {value!r} in {source}; "
-            f"did you mean one of {nearest(key, [*all_keys(), *_INERT])[:3]}?"
+            f"did you mean one of {nearest(key, [*all_keys(), *rules.INERT])[:3]}?"
         )
     if isinstance(node[name], CfgNode):
         keys = list(node[name])
         raise ValueError(f"{key} = {value!r} in {source}: {key} is a section, its keys are {keys}")
-    node[name] = _typed(key, value, source)
+    node[name] = rules.typed(key, value, _get(_C, key), source)
 
 
 def _spelling(key: str) -> str:
@@ -808,78 +522,3 @@ def _spelling(key: str) -> str:
         nodes = {entry.node.lower(): entry.node for entry in registry.entries()}
         parts[1] = nodes.get(parts[1].lower(), parts[1])
     return ".".join(parts)
-
-
-def _typed(key: str, value: Any, source: str) -> Any:
-    """What a file or a command line says -> one of the key's types, in the spelling of its choice."""
-    allowed = _allowed(key)
-    if isinstance(value, str) and str not in allowed:
-        value = _decoded(value)
-    elif value is None and type(None) not in allowed and str in allowed:
-        value = ""  # an empty entry of a YAML file
-    elif value is False and "no" in _CHOICES.get(key, ()):
-        value = "no"  # YAML 1.1 reads a bare no as False
-    elif type(value) in (int, float) and allowed == (str,):
-        value = str(value)  # TAG: 1
-    value = _of_type(key, value, source)
-    return _chosen(key, value, source) if key in _CHOICES else value
-
-
-def _of_type(key: str, value: Any, source: str) -> Any:
-    """`value` in one of the key's types, tuples as lists, or ValueError."""
-    allowed = _allowed(key)
-    if isinstance(value, tuple):
-        value = list(value)
-    value = _converted(value, allowed)
-    if type(value) not in allowed:
-        quotes = "; put it in quotes" if allowed == (str,) else ""
-        raise ValueError(
-            f"{key}={value!r} in {source} must be {_names(allowed)}, "
-            f"not {type(value).__name__}{quotes}"
-        )
-    if isinstance(value, list):
-        kinds = _ELEMENTS.get(key) or tuple({type(element) for element in _get(_C, key)})
-        value = [_converted(element, kinds) for element in value]
-        if not all(type(element) in kinds for element in value):
-            raise ValueError(f"{key}={value!r} in {source} must be a list of {_names(kinds)}")
-    return value
-
-
-def _allowed(key: str) -> tuple[type, ...]:
-    return _TYPES.get(key) or (type(_get(_C, key)),)
-
-
-def _converted(value: Any, allowed: tuple[type, ...]) -> Any:
-    """Numbers of NumPy become Python's; whole ones may stand where fractions are asked for."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if type(value) is int and int not in allowed and float in allowed:
-        return float(value)
-    return value
-
-
-def _names(kinds: tuple[type, ...]) -> str:
-    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-
-
-def _chosen(key: str, value: str, source: str) -> str:
-    """The choice that `value` spells, case aside, or ValueError with the nearest one."""
-    choices = _CHOICES[key]
-    spelling = {choice.lower(): choice for choice in choices}
-    if value.lower() not in spelling:
-        close = nearest(value, choices, 1)
-        hint = f"; did you mean {close[0]!r}?" if len(close) == 1 else ""
-        raise ValueError(f"{key}={value!r} must be one of {list(choices)}, in {source}{hint}")
-    return spelling[value.lower()]
-
-
-def _decoded(text: str) -> Any:
-    """The value that `text` spells: a Python literal (1e-3 is text in YAML 1.1), or YAML, or itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        pass
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text  # which the check of its type names

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.names import is_under
+from utils.names import is_under, is_under_any
 from utils.spelling import nearest
 
 from .layers.token_maps import LastInputs
@@ -182,7 +182,7 @@ class Backbone(nn.Module):
         def is_frozen(name: str) -> bool:
             return (
                 (ALL_BUT_CLASSIFIER in prefixes and name not in spared)
-                or any(is_under(name, prefix) for prefix in prefixes)
+                or is_under_any(name, prefixes)
                 or (depth > 0 and self.layer_id(name) < depth)
             )
 
@@ -261,7 +261,7 @@ class Backbone(nn.Module):
         """Full name of a position table -> (special tokens, (h, w), interpolation mode).
 
         Only for tables whose grid (for a bias table: window) is not square, or not resampled as usual:
-        `models/pretrained.py` finds all others by name and shape.
+        `models/pretrained` finds all others by name and shape.
         """
         return {}
 

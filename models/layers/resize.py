@@ -15,7 +15,7 @@ FileGrid = Callable[[int, tuple[int, int]], tuple[int, int]]
 
 @runtime_checkable
 class ResizesTables(Protocol):
-    """A layer whose parameters follow the input size in a way of their own; `models/pretrained.py` asks."""
+    """A layer whose parameters follow the input size in a way of their own; `models/pretrained` asks."""
 
     def resize_table(self, name: str, old: Tensor, file_grid: FileGrid) -> Tensor | None:
         """Parameter or buffer `name` of a file -> this layer's; `old` itself if it fits.

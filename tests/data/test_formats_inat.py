@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from config import _CHOICES
 from data.formats.inat import CATEGORIES
 from data.registry import create_dataset
+from utils.config_rules import CHOICES
 
 # Rank by rank: kingdom, phylum, class, order, supercategory, family, genus, name.
 SPECIES = [
@@ -72,7 +72,7 @@ def test_labels_are_those_of_each_rank(tmp_path, category, name):
 
 
 def test_the_config_knows_every_rank():
-    assert _CHOICES["DATA.INAT.CATEGORY"] == CATEGORIES
+    assert CHOICES["DATA.INAT.CATEGORY"] == CATEGORIES
 
 
 def test_images_may_lie_as_deit_reads_them(tmp_path):
