@@ -452,7 +452,7 @@ def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
             f"BASE of {chain[-1]} leads back to {path}: files must not include each other"
         )
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):

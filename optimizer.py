@@ -165,7 +165,21 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["initial_lr"] = lr  # what the schedule multiplies lr_scale into
+    if name in ("adamw", "sgd"):
+        optimizer.register_load_state_dict_pre_hook(_keep_kernels)
     return optimizer
+
+
+def _keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to load, in which the kernels are those of this run: a file may be from another device."""
+    saved, own = state["param_groups"], optimizer.param_groups
+    if len(saved) != len(own):
+        return state  # the optimizer says what does not fit
+    groups = [
+        old | {name: new[name] for name in ("fused", "foreach") if name in new}
+        for old, new in zip(saved, own, strict=True)
+    ]
+    return state | dict(param_groups=groups)
 
 
 def _multiplier(name: str, multipliers: Mapping[str, float]) -> float:

@@ -2,22 +2,17 @@
 
 import copy
 import json
-import os
-import platform
 import re
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from matplotlib.figure import Figure
 
 from benchmarks.contestants import Contestant
 from models.layers.grained import set_dense_evaluation
-from utils.checkpoint import git_revision
 from utils.complexity import Complexity, count
 
 
@@ -129,40 +124,6 @@ def bounds(
         bound_arithmetic=peaks["tflop_per_s"] * 1e12 / (passes * flops),
         bound_bytes=peaks["gb_per_s"] * 1e9 / (passes * values * bytes_per_value),
     )
-
-
-def fingerprint(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the models."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    info = dict(
-        cpu=_cpu_name(),
-        cores=cores,
-        threads=torch.get_num_threads(),
-        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
-        system=platform.platform(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        timm=timm.__version__,
-        commit=git_revision(),
-        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        info |= dict(gpu=gpu.name, gpu_memory_gib=gpu.total_memory / 2**30, cuda=torch.version.cuda)
-    return info
-
-
-def _cpu_name() -> str:
-    """Name and family: virtual machines call processors of several generations the same."""
-    path = Path("/proc/cpuinfo")
-    info: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        key, _, value = line.partition(":")
-        info.setdefault(key.strip(), value.strip())
-    if "model name" not in info:
-        return platform.processor() or platform.machine()
-    family = f" (family {info['cpu family']})" if "cpu family" in info else ""
-    return info["model name"] + family
 
 
 def to_markdown(result: dict[str, Any]) -> str:

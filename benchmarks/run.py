@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.contestants import TIMM_SWIN, Contestant, Setting, enter  # noqa: E402  found through the line above
 from benchmarks.measure import MEMORY_KINDS, measure_peaks, race  # noqa: E402
-from benchmarks.report import bounds, costs, figures, fingerprint, pooled, to_markdown, write  # noqa: E402
+from benchmarks.report import bounds, costs, figures, pooled, to_markdown, write  # noqa: E402
 from utils.amp import Amp  # noqa: E402
+from utils.fingerprint import fingerprint, load_average  # noqa: E402
 from utils.wrappers import COMPILE_MODES  # noqa: E402
 
 # One of each family, and MixLab's Swin-T beside timm's.
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for key, least in dict(batch_size=1, rounds=1, latency_passes=1, processes=0).items():
         if getattr(args, key) < least:
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least {least}")
-    load = os.getloadavg() if hasattr(os, "getloadavg") else None  # before we are the load
+    load = load_average()  # before we are the load
     try:
         contestants = enter(args.models, args.baseline, _setting(args), *_compile_modes(args))
     except ValueError as error:
@@ -157,7 +158,7 @@ def measure(contestants: Sequence[Contestant], args: argparse.Namespace) -> dict
             latency_passes=args.latency_passes,
             peak_memory_kind=MEMORY_KINDS["cuda" if setting.device.type == "cuda" else "cpu"],
             minutes=(time.perf_counter() - started) / 60,
-            load_average_after=os.getloadavg() if hasattr(os, "getloadavg") else None,
+            load_average_after=load_average(),
         ),
         costs=counted,
         rows=[figures(c, mode, args.batch_size) for mode in modes for c in contestants],

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main as program  # noqa: E402  found through the line above
-from benchmarks.report import fingerprint  # noqa: E402
 from tools import keep_rates  # noqa: E402
+from utils.fingerprint import fingerprint  # noqa: E402
 from utils.plotting import read_metrics  # noqa: E402
 
 DEMO = "configs/demo.yaml"

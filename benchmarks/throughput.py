@@ -20,9 +20,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.report import fingerprint, machine_folder  # noqa: E402  found through the line above
+from benchmarks.report import machine_folder  # noqa: E402  found through the line above
 from benchmarks.run import MODELS  # noqa: E402
 from models import variant_file  # noqa: E402
+from utils.fingerprint import fingerprint  # noqa: E402
 
 # The families' variants, without baselines and shares of queries.
 FAMILIES = tuple(dict.fromkeys(name.partition("=")[0].partition("@")[0] for name in MODELS))
@@ -36,7 +37,10 @@ def throughput(name: str, batch_size: int, compiled: bool, opts: Sequence[str]) 
         command += ["--throughput", "--batch-size", str(batch_size), "--output", output]
         subprocess.run([*command, "--opts", *options], check=True, stdout=subprocess.DEVNULL)
         (found,) = Path(output).rglob("throughput.json")
-        return json.loads(found.read_text())
+        speed = json.loads(found.read_text())
+    return {
+        key: value for key, value in speed.items() if key != "machine"
+    }  # said once for all rows
 
 
 def to_markdown(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:

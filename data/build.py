@@ -1,7 +1,6 @@
 """From the config to loaders: the only file of this package that sees it."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +65,13 @@ def build_data(
     world_size: int = 1,
     splits: Sequence[str] = ("train", "val"),
     device: torch.device | None = None,
+    local_world_size: int = 1,
 ) -> Data:
     """Loaders of `splits` for one process of `world_size`; the other splits' images need not exist.
 
     Args:
         device: where batches are wanted, and normalised; None is the CPU.
+        local_world_size: processes on this machine, each with workers of its own.
 
     Raises:
         ValueError: unknown format, damaged data, classes that disagree between splits or with
@@ -83,9 +84,7 @@ def build_data(
     check_same_classes(found[0], found[-1], _source(config))
     check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))
     if rank == 0:
-        # Set by torchrun; other launchers do not say how many processes this machine has.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        warn_of_too_many_workers(config.DATA.NUM_WORKERS, local_processes)
+        warn_of_too_many_workers(config.DATA.NUM_WORKERS, local_world_size)
     return Data(loaders.get("train"), loaders.get("val"), found[0])
 
 

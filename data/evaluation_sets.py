@@ -213,7 +213,7 @@ def _corruptions(root: Path) -> dict[str, Path]:
 def _read_lists(path: Path) -> list[list[int]]:
     """Labels per image, of a file like `real.json`."""
     try:
-        lists = json.loads(path.read_text())
+        lists = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"TEST.SETS {REAL}: there is no file {path.absolute()}") from error
     except (OSError, ValueError) as error:

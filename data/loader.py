@@ -324,7 +324,8 @@ class Loader(Split, DataLoader):
             samples,
             batch_sampler=sampler,
             num_workers=num_workers,
-            pin_memory=pin_memory and torch.cuda.is_available(),
+            # Only for a GPU: pinning makes a CUDA context, also for a run that must leave the GPU alone.
+            pin_memory=pin_memory and device is not None and device.type == "cuda",
             persistent_workers=num_workers > 0,
             prefetch_factor=_PREFETCH if num_workers else None,
             collate_fn=_as_it_is,

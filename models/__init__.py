@@ -134,7 +134,9 @@ def _variants() -> dict[str, Path]:
     for path in sorted(CONFIG_DIR.glob("[!_]*/*.yaml")):
         try:
             # The parser in C, where there is one: this runs at every start.
-            content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            content = yaml.load(
+                path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            )
         except yaml.YAMLError as error:
             _LOG.warning("%s is no variant, it cannot be read as YAML: %s", path, error)
             continue

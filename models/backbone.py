@@ -47,6 +47,8 @@ class Backbone(nn.Module):
     training_outputs: tuple[str, ...] = ("logits",)
     task: str = "classification"  # what `forward` is for, as TASK names it
     min_batch: int = 1  # images that batch norms must see in training, so that they have a variance
+    # Modules whose batch norms TRAIN.SYNC_BN synchronises; none: all.
+    synchronised: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 Paper:      arXiv:2210.05958, Sec. 3 (SOPE, DAFF, HI-MHSA)
 Reference:  github.com/ArieSeirack/DHVT
-Deviations: any image size and number of channels; plain batch norm in the stem, where the release has the
-            synchronised one (the same weights: set TRAIN.SYNC_BN for several GPUs)
+Deviations: any image size and number of channels; the release always synchronises the batch norms of the
+            stem, and no others, over its processes: here TRAIN.SYNC_BN does, which the recipes set
 Shapes:     B batch, H/W map of patches, C channels; x is the map (B, H, W, C), cls the class token (B, 1, C)
 
 The class token lives apart from the map, so that only attention joins the two.
@@ -70,6 +70,8 @@ class DHVT(Backbone):
         drop_rate: dropout after the attention's projection, the only place that the paper's code has.
         patch_size: 2, 4, 8 or 16, the stride of the only feature map.
     """
+
+    synchronised = ("patch_embed",)
 
     def __init__(
         self,

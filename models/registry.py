@@ -24,6 +24,9 @@ SHARED_KEYWORDS = {
 
 _ENTRIES: dict[str, "Entry"] = {}
 
+# Types of the lineage's files that are not here, and why.
+_ABSENT = {"swin_moe": "mixture-of-experts models are not part of MixLab"}
+
 
 @dataclass(frozen=True)
 class Field:
@@ -74,6 +77,8 @@ def register(name: str, node: str | None = None) -> Callable[[type], type]:
 def find(name: str) -> Entry:
     """The entry of MODEL.TYPE `name`, without regard to case; ValueError names the nearest ones."""
     entry = _ENTRIES.get(name.lower())
+    if name.lower() in _ABSENT:
+        raise ValueError(f"MODEL.TYPE='{name}': {_ABSENT[name.lower()]}")
     if entry is None:
         close = nearest(name.lower(), _ENTRIES)
         raise ValueError(

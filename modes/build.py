@@ -1,5 +1,6 @@
 """What a run is made of, built from the config: models on their devices, weights, averages."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from torch import nn
 from yacs.config import CfgNode
 
-from config import output_dir
+from config import dump, output_dir
 from data import dataset_num_classes, published_num_classes
 from logger import create_logger, muted
 from models import Backbone, build_model
@@ -29,6 +30,7 @@ from utils.checkpoint import (
 )
 from utils.distributed import Runtime
 from utils.ema import ModelEma
+from utils.fingerprint import fingerprint
 from utils.memory import keep_freed_memory
 from utils.seeding import seed_everything, set_deterministic
 
@@ -45,6 +47,14 @@ def set_up(config: CfgNode, runtime: Runtime) -> Amp:
     amp = Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     amp.set_float32_precision()
     return amp
+
+
+def log_start(config: CfgNode, runtime: Runtime) -> None:
+    """What a log must say for its numbers to mean something: every setting, the machine, the versions."""
+    _LOG.info("config\n%s", dump(config).rstrip())
+    facts = fingerprint(runtime.device) | dict(processes=runtime.world_size)
+    shown = ("gpu", "cpu", "threads", "processes", "python", "torch", "timm", "commit")
+    _LOG.info("machine: %s", ", ".join(f"{key} {facts[key]}" for key in shown if key in facts))
 
 
 def build_placed(config: CfgNode, num_classes: int | None, device: torch.device) -> Backbone:
@@ -65,9 +75,20 @@ def wrap(config: CfgNode, model: nn.Module, runtime: Runtime) -> nn.Module:
 def synchronise_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> Backbone:
     """The model with batch statistics over all processes, if TRAIN.SYNC_BN asks for it."""
     if _synchronises(config, runtime):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted_to_sync(model)
     if config.TRAIN.SYNC_BN and runtime.world_size > 1:
         _LOG.warning("TRAIN.SYNC_BN is left out: PyTorch synchronises batch norm on GPUs only")
+    return model
+
+
+def converted_to_sync(model: Backbone) -> Backbone:
+    """The model with `SyncBatchNorm` where its paper has it, in place."""
+    if not model.synchronised:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for path in model.synchronised:
+        model.set_submodule(
+            path, nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(path))
+        )
     return model
 
 
@@ -156,7 +177,11 @@ def load_weights(
 
 
 def check_weights(
-    config: CfgNode, model: nn.Module, source: Source, classes: Sequence[str] = ()
+    config: CfgNode,
+    model: nn.Module,
+    source: Source,
+    classes: Sequence[str] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Look whether a run can start from `source`: names, shapes and classes, without reading the weights.
 
@@ -164,6 +189,7 @@ def check_weights(
 
     Args:
         model: on the meta device; it is not to be used afterwards.
+        optimizer: of that model, for a run that trains.
 
     Raises:
         ValueError: the file is damaged or no checkpoint, or does not fit the model or the data.
@@ -178,6 +204,8 @@ def check_weights(
         parts = ["model", "optimizer", "scheduler", "scaler", *["ema"] * config.TRAIN.EMA.ENABLE]
         check_training_state(state, source.path, parts, classes)
         _check_optimizer(config, state, source.path)
+        if optimizer is not None:
+            _check_groups(optimizer, state["optimizer"], source.path)
         restore(model, state, "model", source.path, assign=True)
 
 
@@ -192,6 +220,24 @@ def _check_optimizer(config: CfgNode, state: Mapping[str, Any], path: str) -> No
             f"TRAIN.OPTIMIZER.NAME='{own}' cannot go on with the state of '{saved}' in {path}: train with "
             f"'{saved}', or start a run with another --tag, from these weights with --pretrained {path}"
         )
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], path: str) -> None:
+    """ValueError if a file's parameter groups hold others: PyTorch gives states to parameters by position."""
+    theirs, ours = (
+        [list(group.get("param_names", ())) for group in groups]
+        for groups in (saved["param_groups"], optimizer.param_groups)
+    )
+    if theirs == ours or not any(theirs):  # nothing but our own files has names
+        return
+    pairs = itertools.zip_longest(itertools.chain(*theirs), itertools.chain(*ours))
+    old, new = next(((a, b) for a, b in pairs if a != b), (None, None))
+    where = f": where it has '{old}', this run has '{new}'" if old != new else ""
+    raise ValueError(
+        f"{path} has {len(theirs)} groups of parameters and this run {len(ours)}, not of the same "
+        f"parameters{where}. Resume with its TRAIN.FREEZE, FREEZE_DEPTH, LAYER_DECAY, LR_MULTIPLIERS and "
+        f"NO_WEIGHT_DECAY, or start from its weights with another --tag and --pretrained {path}"
+    )
 
 
 def find_source(config: CfgNode, mode: str, last: Path) -> Source:

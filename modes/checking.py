@@ -1,14 +1,20 @@
 """What can be known to be wrong before a run writes anything."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from yacs.config import CfgNode
 
 from config import MODE_KEYS, output_dir
 from data import check_data, check_evaluation
+from logger import muted
+from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
 from tasks import build_task
 from tasks.classification_report import check_predictions_file
 from utils.amp import Amp
+from utils.checkpoint import Source
 from utils.distributed import Runtime, all_gather_object
 
 from .build import (
@@ -33,26 +39,45 @@ def check(config: CfgNode, runtime: Runtime) -> None:
 
     Raises:
         ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
-            cannot train, or weights that are missing, damaged, or of another model or other classes.
+            cannot train, weights that are missing, damaged, or of another model or other classes, or
+            processes that would start from different weights.
         FileNotFoundError: the data is not there.
     """
-    found = None
+    found = source = None
     try:
-        _check(config, runtime)
+        source = _check(config, runtime)
     except (ValueError, FileNotFoundError) as error:
         found = error  # the other processes wait: they must hear of it
-    for error in all_gather_object(found):
+    answers = all_gather_object((found, source))
+    for error, _ in answers:
         if error is not None:
             raise error
+    _check_sources([source for _, source in answers], output_dir(config))
 
 
-def _check(config: CfgNode, runtime: Runtime) -> None:
-    """What this process can know."""
+def _check_sources(sources: Sequence[Source | None], folder: Path) -> None:
+    """ValueError unless all processes start from the same weights; those of each, by rank."""
+    starts = [None if source is None else (source.kind, source.path) for source in sources]
+    for rank, start in enumerate(starts):
+        if start != starts[0]:
+            raise ValueError(
+                f"process {rank} would start from {_described(start)}, process 0 from "
+                f"{_described(starts[0])}: the output folder {folder} must be one that all machines share"
+            )
+
+
+def _described(start: tuple[str, str] | None) -> str:
+    kind, path = start or ("", "")
+    return path or kind or "nothing"
+
+
+def _check(config: CfgNode, runtime: Runtime) -> Source | None:
+    """What this process can know -> where it would take weights from."""
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
     if mode == "PLAN_MODE":
         make_plan(config, runtime)
-        return
+        return None
     if mode in ("train", "EVAL_MODE"):
         look = check_data if mode == "train" else check_evaluation
         classes = look(config, rank=runtime.rank, world_size=runtime.world_size)
@@ -60,16 +85,20 @@ def _check(config: CfgNode, runtime: Runtime) -> None:
         task = build_task(config, num_classes)
     else:
         classes, num_classes = [], known_classes(config)
+    optimizer = None
     with torch.device("meta"):
         model = build_placed(config, num_classes, torch.device("meta"))
     if mode == "train":
         task.check(model)
         check_batch_norm(config, model, runtime)
         freeze(config, model)
-        build_optimizer(config, model, runtime.world_size)
+        optimizer = build_optimizer(config, model, runtime.world_size)
+        with muted():  # how long an epoch is, only the data says
+            build_scheduler(config, optimizer, steps_per_epoch=1)
     if mode == "EVAL_MODE" and config.TEST.PREDICTIONS:
         check_predictions_file(config.TEST.PREDICTIONS)
     # Timing and counting take weights if they are given, and need none.
     kind = {"train": "train", "EVAL_MODE": "eval"}.get(mode, "throughput")
     source = find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")
-    check_weights(config, model, source, classes)
+    check_weights(config, model, source, classes, optimizer)
+    return source

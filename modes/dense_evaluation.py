@@ -35,6 +35,7 @@ def evaluate_dense(config: CfgNode, runtime: Runtime) -> None:
         config,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        local_world_size=runtime.local_world_size,
         splits=["val"],
         device=runtime.device,
     )

@@ -148,11 +148,14 @@ def evaluate_sets(config: CfgNode, runtime: Runtime) -> None:
     load_weights(config, model, source, classes)
     model, _ = amp.prepare(model)
     evaluation = Evaluation(config, runtime, amp, task, compiled(config, model), classes)
-    results = {found.name: evaluation.run(found) for found in sets}
-    result = dict(checkpoint=source.path, **results[sets[0].name], skipped=evaluation.skipped)
-    if list(results) != [VAL]:
-        result["sets"] = results
-    if config.TEST.TTA != "none":
-        result["tta"] = config.TEST.TTA
-    write_json(folder / "eval.json", result, runtime)
+    results: dict[str, Any] = {}
+    for found in sets:
+        results[found.name] = evaluation.run(found)
+        result = dict(checkpoint=source.path, **results[sets[0].name], skipped=evaluation.skipped)
+        if [other.name for other in sets] != [VAL]:
+            result["sets"] = results
+        if config.TEST.TTA != "none":
+            result["tta"] = config.TEST.TTA
+        # After each set: a file that the next one cannot read costs no score.
+        write_json(folder / "eval.json", result, runtime)
     _LOG.info("written: %s", folder / "eval.json")

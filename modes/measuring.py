@@ -9,7 +9,7 @@ from config import output_dir
 from utils.distributed import Runtime
 
 from .build import build_placed, known_classes, load_weights, set_up, source_of
-from .results import count_model, some_images, time_model, write_json
+from .results import count_model, some_images, time_model, write_json, write_speed
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def throughput_only(config: CfgNode, runtime: Runtime) -> None:
             timed["img_per_s_min"],
             timed["img_per_s_max"],
         )
-    write_json(folder / "throughput.json", result, runtime)
+    write_speed(folder, result, runtime)
     _LOG.info("written: %s", folder / "throughput.json")
 
 

@@ -19,6 +19,7 @@ from models.layers.tokens import to_pair
 from utils.amp import Amp
 from utils.complexity import Complexity, count
 from utils.distributed import Runtime, all_reduce_sum
+from utils.fingerprint import fingerprint
 
 from .build import compiled
 
@@ -30,6 +31,12 @@ def write_json(path: Path, content: dict[str, Any], runtime: Runtime) -> None:
     if runtime.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_speed(folder: Path, speed: dict[str, Any], runtime: Runtime) -> None:
+    """throughput.json: what `time_model` found, and the machine that it found it on."""
+    machine = fingerprint(runtime.device)
+    write_json(folder / "throughput.json", speed | dict(machine=machine), runtime)
 
 
 def count_model(
@@ -89,6 +96,7 @@ def time_model(config: CfgNode, amp: Amp, model: nn.Module, device: torch.device
         model=config.MODEL.NAME,
         compile=config.COMPILE,
         compile_mode=config.COMPILE_MODE if config.COMPILE else None,
+        deployed=True,  # batch norms folded, weights laid out for inference
         **timed(model),
         **{name: timed(part) for name, part in model.timed_parts().items()},
     )

@@ -31,12 +31,21 @@ from .build import (
     hyper_parameters,
     is_sharded,
     load_weights,
+    log_start,
     set_up,
     source_of,
     synchronise_batch_norm,
     wrap,
 )
-from .results import count_model, duration, info_size, report_skipped, time_model, write_json
+from .results import (
+    count_model,
+    duration,
+    info_size,
+    report_skipped,
+    time_model,
+    write_json,
+    write_speed,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,8 +56,13 @@ class TrainingRun:
     def __init__(self, config: CfgNode, runtime: Runtime) -> None:
         self.config, self.runtime, self.folder = config, runtime, output_dir(config)
         self.amp = set_up(config, runtime)
+        log_start(config, runtime)
         self.data = build_data(
-            config, rank=runtime.rank, world_size=runtime.world_size, device=runtime.device
+            config,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            local_world_size=runtime.local_world_size,
+            device=runtime.device,
         )
         self.task = build_task(config, self.data.num_classes, runtime.device)
         sharded = is_sharded(config, runtime)
@@ -99,27 +113,42 @@ class TrainingRun:
         """Train from where the weights' source left off, scoring and saving as the config says."""
         start = time.time()
         epoch, batch = self.config.TRAIN.START_EPOCH, 0
-        done = None
+        done = before = None
         if self.source.kind == "resume":
             epoch, batch, done = self.resume()
         elif self.fresh_head:
             # It would find nothing in any image, and take as long as a trained one.
             _LOG.info("not scored before training: %s is fresh", ", ".join(self.fresh_head[:3]))
         elif self.source.kind == "pretrained":
-            _LOG.info("before training: %s", self.task.describe(self.score()))
+            before = self.score()
+            _LOG.info("before training: %s", self.task.describe(before))
         step = self.step_at(epoch, batch, done)
+        if done is not None and step < done:
+            _LOG.warning(
+                "the checkpoint was made after %d steps, of fewer images: this run goes on at step %d, and "
+                "later lines of metrics.jsonl move to metrics.replaced.jsonl", done, step,
+            )  # fmt: skip
         if self.runtime.is_main:
-            (self.folder / "config.yaml").write_text(dump(self.config))
+            self.write_config(step)
         if epoch >= self.epochs:
             _LOG.info("nothing left to train: %d of %d epochs are done", epoch, self.epochs)
         trained = wrap(self.config, self.model, self.runtime)
         with MetricsWriter(self.folder, self.runtime.rank, resume_step=step) as writer:
+            if before is not None:
+                writer.write("eval", step, before)
             for number in range(epoch, self.epochs):
                 step = self.run_epoch(trained, writer, number, batch, step)
                 batch = 0
         seconds = time.time() - start
         _LOG.info("Training time %s", duration(seconds))
         self.summarise(seconds)
+
+    def write_config(self, step: int) -> None:
+        """config.yaml; one of other settings, by which the steps before were trained, stays beside it."""
+        path, text = self.folder / "config.yaml", dump(self.config)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            path.replace(self.folder / f"config_before_step_{step}.yaml")
+        path.write_text(text, encoding="utf-8")
 
     def step_at(self, epoch: int, batch: int, done: int | None) -> int:
         """Number of the first step of a run that starts here; `epochs` becomes where it ends.
@@ -171,6 +200,8 @@ class TrainingRun:
         final = epoch + 1 == self.epochs
         metrics = {}
         if final or (epoch + 1) % config.EVAL_FREQ == 0:
+            # An image or the memory can fail it; a run that continues from here scores first.
+            self.checkpointer.save(self.progress(epoch, result.step, result.batch, scored=False))
             metrics = dict(epoch=epoch, **self.score())
             writer.write("eval", result.step, metrics)
             _LOG.info("%s", self.task.describe(metrics))
@@ -186,10 +217,14 @@ class TrainingRun:
         if batch < len(self.data.train) and step < self.schedule.total_steps:
             self.checkpointer.save(self.progress(epoch, step, batch))
 
-    def progress(self, epoch: int, step: int, batch: int) -> dict[str, Any]:
-        """Where training is, as a checkpoint holds it: the next batch, and the steps done."""
+    def progress(self, epoch: int, step: int, batch: int, scored: bool = True) -> dict[str, Any]:
+        """Where training is, as a checkpoint holds it: the next batch, and the steps done.
+
+        Args:
+            scored: whether an epoch that ends here needs nothing more.
+        """
         sampler = self.data.train.state(batch)
-        if batch == len(self.data.train):
+        if scored and batch == len(self.data.train):
             epoch, batch = epoch + 1, 0
         return dict(epoch=epoch, step=step, batch=batch, sampler=sampler)
 
@@ -236,14 +271,17 @@ class TrainingRun:
         config, folder, best = self.config, self.folder, self.checkpointer.best
         with self.scored_model() as model:
             speed = time_model(config, self.amp, model, self.runtime.device)
-        write_json(folder / "throughput.json", speed, self.runtime)
+        write_speed(folder, speed, self.runtime)
         if not self.runtime.is_main or best is None:
             return
         best_file = self.checkpointer.folder / "best.pth"
         result = dict(checkpoint=str(best_file), **best["metrics"])
         write_json(folder / "eval.json", result, self.runtime)
         curves = folder / "curves.png"
-        plot_training(folder / "metrics.jsonl", curves, self.task.metric, config.MODEL.NAME)
+        try:
+            plot_training(folder / "metrics.jsonl", curves, self.task.metric, config.MODEL.NAME)
+        except ValueError as error:  # a finished run, of which only the checkpoints are here
+            _LOG.warning("no curves: %s", error)
         cost = count_model(config, self.copy.module if self.copy else self.scored)
         size = "x".join(map(str, info_size(config)))
         scores = self.task.describe(best["metrics"]).strip(" *")

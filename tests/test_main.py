@@ -17,7 +17,7 @@ from PIL import Image
 import main as program
 from models import CONFIG_DIR
 from modes import training
-from tests.processes import interrupted_after_saving
+from tests.processes import free_port, interrupted_after_saving, run_on_two_processes
 from utils.arguments import parse_args
 
 ROOT = CONFIG_DIR.parent
@@ -107,7 +107,11 @@ def test_training_leaves_every_promised_file(trained):
     speed = json.loads((trained / "throughput.json").read_text())
     promised = "model img_per_s latency_ms_p50 latency_ms_p95 batch_size dtype device compile"
     assert {*promised.split(), "channels_last", "peak_memory_mib"} <= speed.keys()
+    assert speed["deployed"] is True
+    assert {"cpu", "threads", "torch", "commit"} <= speed["machine"].keys()
     log = (trained / "log_rank0.txt").read_text()
+    assert (trained / "config.yaml").read_text().rstrip() in log, "every setting"
+    assert re.search(r"machine: cpu .*, threads \d+, processes 1, .*torch \d", log)
     assert re.search(r"Train: \[1/2\]\[3/4\]\teta .* lr \d.*loss \d.*grad_norm \d.*mem \d+MB", log)
     assert "Summary" in log
 
@@ -339,16 +343,23 @@ def test_a_step_is_counted_where_its_window_ends():
     assert (progress["epoch"], progress["batch"], progress["step"]) == (1, 0, 2)
 
 
-def test_the_last_epoch_is_scored_after_a_kill_in_its_evaluation(monkeypatch):
+@pytest.mark.parametrize("save_steps", ["0", "2"])
+def test_the_last_epoch_is_scored_after_a_kill_in_its_evaluation(monkeypatch, save_steps):
+    """What was trained is on the disk before it is scored."""
+    options = ["--opts", "SAVE_STEPS", save_steps, "TRAIN.EPOCHS", "1"]
+
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
-            run("--opts", "SAVE_STEPS", "2", "TRAIN.EPOCHS", "1")
-    folder = run("--opts", "SAVE_STEPS", "2", "TRAIN.EPOCHS", "1")
+            run(*options)
+    trained_weights = weights(Path("out/smoke_cls/default/checkpoints/last.pth"))
+    folder = run(*options)
     assert [line["epoch"] for line in lines(folder) if line["kind"] == "eval"] == [0]
+    if save_steps == "0":
+        assert same(weights(folder / "checkpoints" / "last.pth"), trained_weights)
 
 
 def test_rates_of_the_config_win_over_those_of_the_checkpoint():
@@ -363,6 +374,75 @@ def test_another_optimizer_cannot_go_on(capsys):
     with pytest.raises(SystemExit):
         run("--optim", "sgd", "--opts", "TRAIN.EPOCHS", "2")
     assert "NAME='sgd' cannot go on with the state of 'adamw'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["TRAIN.FREEZE", "['head']"], ["TRAIN.FREEZE", "['norm']"]),  # as many groups
+        (["TRAIN.LAYER_DECAY", "1.0"], ["TRAIN.LAYER_DECAY", "0.5"]),
+    ],
+)
+def test_other_parameter_groups_cannot_go_on(before, after, capsys):
+    """PyTorch would give the moments of one parameter to another of its shape, or stop in the middle."""
+    run("--opts", "TRAIN.EPOCHS", "1", *before)
+    with pytest.raises(SystemExit):
+        run("--opts", "TRAIN.EPOCHS", "2", *after)
+    message = capsys.readouterr().err
+    assert "not of the same parameters" in message
+    assert "Resume with its TRAIN.FREEZE" in message
+
+
+def test_settings_of_earlier_steps_stay_beside_those_of_later_ones():
+    """Trap 12: logs without their configuration."""
+    folder = run("--opts", "TRAIN.EPOCHS", "1")
+    first = (folder / "config.yaml").read_text()
+    run("--opts", "TRAIN.EPOCHS", "1")
+    assert not list(folder.glob("config_*")), "the same settings"
+    run("--opts", "TRAIN.EPOCHS", "2")
+    assert (folder / "config_before_step_4.yaml").read_text() == first
+    assert "EPOCHS: 2" in (folder / "config.yaml").read_text()
+
+
+def test_a_finished_run_without_its_metrics_ends_well(caplog):
+    """Only the checkpoints were copied to another machine."""
+    folder = run("--opts", "TRAIN.EPOCHS", "1")
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    run("--opts", "TRAIN.EPOCHS", "1")
+    assert (folder / "eval.json").is_file()
+    assert "no curves" in caplog.text
+
+
+def test_larger_steps_say_that_lines_of_later_steps_move(caplog):
+    run("--opts", "TRAIN.EPOCHS", "1")
+    folder = run("--batch-size", "16", "--opts", "TRAIN.EPOCHS", "2")
+    assert "made after 4 steps, of fewer images: this run goes on at step 2" in caplog.text
+    assert (folder / "metrics.replaced.jsonl").is_file()
+
+
+def test_processes_with_different_files_stop_before_they_start(tmp_path):
+    """Trap 16: the first machine would go on, and the others begin anew."""
+    script = (
+        "import os, sys, main\n"
+        "sys.argv[1:] = sys.argv[1].split()\n"
+        "os.makedirs(os.environ['RANK'], exist_ok=True)\n"
+        "os.chdir(os.environ['RANK'])\n"
+        "try:\n"
+        "    main.main(sys.argv[1:])\n"
+        "except SystemExit as error:\n"
+        "    print('status', error.code)\n"
+    )
+    checkpoints = tmp_path / "0" / "out" / "smoke_cls" / "default" / "checkpoints"
+    checkpoints.parent.mkdir(parents=True)
+    shutil.copytree(run("--opts", "TRAIN.EPOCHS", "1") / "checkpoints", checkpoints)
+    words = f"--cfg {SMOKE} --output out --opts TRAIN.EPOCHS 2 DEVICE cpu"
+    printed = run_on_two_processes(script, words, timeout=240, folder=tmp_path)
+    assert all("status 2" in text for text in printed)
+    assert "process 1 would start from scratch, process 0 from out" in "".join(printed)
+    assert "must be one that all machines share" in "".join(printed)
+    assert not (tmp_path / "1" / "out").exists()
 
 
 def test_the_best_of_another_run_is_not_that_of_this_one(trained):
@@ -423,6 +503,9 @@ def test_pretrained_weights_take_a_new_head_and_are_scored_before_training(train
     assert "starting from" in log
     assert "classifier not taken from the file" in log
     assert "before training:" in log
+    scored = [line for line in lines(folder) if line["kind"] == "eval"]
+    assert [line["step"] for line in scored] == [0, 4]
+    assert scored[0]["images"] == scored[1]["images"] == 20
 
 
 @pytest.mark.parametrize(
@@ -459,6 +542,9 @@ def test_throughput_and_info_need_no_data():
         (["--opts", "TRAIN.EPOCH", "3"], "TRAIN.EPOCHS"),
         (["--amp-opt-level", "O3"], "O3"),
         (["--eval", "--throughput"], "exclude each other"),
+        (["--opts", "DEVICE", "gpu"], "DEVICE='gpu' must be one of auto, cpu"),
+        (["--opts", "TRAIN.EPOCHS", "0"], "leave nothing to train"),
+        (["--opts", "MODEL.TYPE", "swin_moe"], "mixture-of-experts models are not part"),
         (["--eval", "--resume", "none.pth"], "none.pth does not exist"),
         (["--batch-size", "7"], "DATA.BATCH_SIZE=7 must be even"),
         (["--optim", "adamww"], "did you mean one of ['adamw'"),
@@ -525,8 +611,12 @@ def test_evaluation_is_identical_on_one_two_and_three_processes(trained):
     opts = ["--opts", "DATA.SYNTHETIC.VAL_SIZE", "101"]
     results = []
     for count in (1, 2, 3):
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
-        launch(*args, "--tag", f"n{count}", *opts, launcher=launcher if count > 1 else ())
+        own = [*args, "--tag", f"n{count}", *opts]
+        if count == 1:
+            run(*own)
+        else:
+            launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+            launch(*own, launcher=launcher)
         content = json.loads(Path(f"out/smoke_cls/n{count}/eval.json").read_text())
         results.append({key: content[key] for key in ("acc1", "acc5", "loss", "images")})
     assert results[0]["images"] == 101
@@ -537,7 +627,7 @@ def test_the_old_launcher_trains_on_two_processes():
     """Trap: KeyError LOCAL_RANK, unrecognized arguments --local-rank."""
     launcher = ("-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2")
     opts = ["TRAIN.EPOCHS", "1", "TRAIN.EMA.ENABLE", "True", "TRAIN.EMA.DECAY", "0.9"]
-    launch("--opts", *opts, launcher=(*launcher, "--master_port=29611"))
+    launch("--opts", *opts, launcher=(*launcher, f"--master_port={free_port()}"))
     folder = Path("out/smoke_cls/default")
     recorded = json.loads((folder / "eval.json").read_text())
     assert recorded["images"] == 20
@@ -560,7 +650,9 @@ def test_a_killed_run_continues_with_the_same_command_and_finishes():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = torch.load(last, weights_only=True)["progress"]["epoch"]
+    progress = torch.load(last, weights_only=True)["progress"]
+    # An epoch is saved before it is scored, and again after it.
+    reached = progress["epoch"] + (progress["batch"] > 0)
     assert 1 <= reached < 40
     printed = launch("--opts", "TRAIN.EPOCHS", "40", "SAVE_FREQ", "100")
     assert "auto-resume" in printed

@@ -259,3 +259,25 @@ def test_fused_lamb_is_apex(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
     assert isinstance(build_optimizer(config("fused_lamb"), Toy(), 1), FusedLAMB)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_kernels_of_a_step_are_those_of_this_run_not_of_the_file(name, monkeypatch):
+    """A checkpoint of a CPU names no kernel; with a fused one, fp16 hands the loss scale to the optimizer."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    model.no_weight_decay = set
+
+    def stepped(optimizer):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    state = stepped(build_optimizer(config(name), model)).state_dict()
+    assert not any(group["fused"] for group in state["param_groups"])
+    monkeypatch.setattr("optimizer._on_gpu", lambda groups: True)
+    fused = build_optimizer(config(name), model)
+    fused.load_state_dict(state)
+    assert all(group["fused"] for group in fused.param_groups)
+    stepped(fused)
+    assert fused.state_dict()["state"].keys() == state["state"].keys()

@@ -19,7 +19,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -33,8 +32,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.report import fingerprint
-from config import load_config
+from config import check_is_classifier, load_config
 from data import build_loader
 from data.decoders import DECODERS
 from data.loader import Loader, Samples, collate, preserved_rng
@@ -44,6 +42,7 @@ from data.transforms import channel_stats, to_image
 from models.layers.tokens import to_pair
 from utils.arguments import add_opts
 from utils.distributed import choose_device, read_launch
+from utils.fingerprint import fingerprint, load_average
 
 WORKER_STAGES = ("read", "decode", "augment", "collate")
 STAGES = (*WORKER_STAGES, "copy")
@@ -264,6 +263,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command line asks for, as plain data."""
     opts = [*args.opts, *(["DATA.DATA_PATH", args.data_path] if args.data_path else [])]
     config = load_config(args.cfg, opts)
+    check_is_classifier(config, "the stages that are timed are those of its images")
     if config.DATA.ON_DEVICE:
         raise ValueError("DATA.ON_DEVICE=True: there is no loader whose stages could be timed")
     device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
@@ -290,7 +290,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         result["compare"] = compare(configs, args.split, device, args.compare_workers, args.rounds)
         result["compare_workers"] = args.compare_workers
-    return result | dict(machine=machine, load_average_after=os.getloadavg())
+    return result | dict(machine=machine, load_average_after=load_average())
+
+
+def _load(average: Sequence[float] | None) -> str:
+    return "unknown" if average is None else f"{average[0]:.1f}"
 
 
 def limit(stages: dict[str, float]) -> str:
@@ -307,7 +311,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "",
         f"{result['split']}, decoder {result['decoder']}, batch {result['batch_size']}, "
         f"{result['machine']['cpu']}, {result['machine']['cores']} CPUs, load "
-        f"{result['machine']['load_average'][0]:.1f} before and {result['load_average_after'][0]:.1f} after",
+        f"{_load(result['machine']['load_average'])} before and {_load(result['load_average_after'])} after",
         "",
         "| stage | ms/image | images/s | share of a worker |",
         "|---|---|---|---|",

@@ -32,8 +32,13 @@ def measure(config: Any, rates: Sequence[float]) -> list[dict[str, float]]:
     """One record per rate: keep_rate, acc1 and acc5 (percent), loss, gmacs, img_per_s with its range.
 
     Raises:
-        ValueError: the model keeps all tokens, a rate is not in (0, 1], or there are no weights.
+        ValueError: the model keeps all tokens, a rate is not in (0, 1], TEST.TTA is on, or there are no
+            weights.
     """
+    if config.TEST.TTA != "none":
+        raise ValueError(
+            f"TEST.TTA='{config.TEST.TTA}' must be 'none': one view of each image is scored"
+        )
     runtime = init_distributed(config.DEVICE)
     amp = Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     source = source_of(config, "eval", output_dir(config) / "checkpoints" / "last.pth")

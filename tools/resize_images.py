@@ -63,7 +63,7 @@ def resize_tree(
         )
     if side < 1 or not 1 <= quality <= 100:
         raise ValueError(f"--side {side} must be positive and --quality {quality} from 1 to 100")
-    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    files = _files_below(source)
     work = partial(_convert, source, target, side, quality)
     counts: Counter[str] = Counter()
     damaged = {}
@@ -74,6 +74,15 @@ def resize_tree(
             if outcome == "damaged":
                 damaged[str(source / name)] = reason
     return {name: counts[name] for name in ("resized", "copied", "kept")} | {"damaged": damaged}
+
+
+def _files_below(root: Path) -> list[Path]:
+    """All files, relative to `root`, sorted; through links to folders too, as the loaders go."""
+    return sorted(
+        (Path(folder) / name).relative_to(root)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+    )
 
 
 @contextmanager

@@ -64,6 +64,7 @@ def launch_environment(job: Any) -> dict[str, str]:
         RANK=str(job.global_rank),
         LOCAL_RANK=str(job.local_rank),
         WORLD_SIZE=str(job.num_tasks),
+        LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),  # as many on each machine
     )
 
 

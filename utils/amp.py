@@ -67,10 +67,12 @@ class Amp:
         """For this process: with autocast on a GPU, what stays float32 multiplies in TF32.
 
         TF32 keeps more digits than bf16, in which the factors come, and tensor cores have it. Without
-        autocast float32 means all its digits.
+        autocast float32 means all its digits, in products and in convolutions, which PyTorch rounds by
+        itself.
         """
         rounds = self.enabled and self.device.type == "cuda"
         torch.set_float32_matmul_precision("high" if rounds else "highest")
+        torch.backends.cudnn.allow_tf32 = rounds
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None

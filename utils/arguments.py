@@ -22,6 +22,8 @@ FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", int, "forward passes per optimizer step"),
     ("--use-checkpoint", "TRAIN.USE_CHECKPOINT", True, "recompute activations to save memory"),
     ("--disable_amp", "AMP_ENABLE", False, "train and evaluate in float32"),
+    ("--disable-amp", "AMP_ENABLE", False, "the same, as SimMIM's programs spell it"),
+    ("--enable-amp", "AMP_ENABLE", True, "mixed precision, which is the default"),
     ("--amp-opt-level", "AMP_OPT_LEVEL", ("O0", "O1", "O2"), "O0: no AMP; O1, O2: NVIDIA Apex"),
     ("--output", "OUTPUT", str, "root of the output folders"),
     ("--tag", "TAG", str, "name of this experiment's output folder"),

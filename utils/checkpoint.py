@@ -16,7 +16,6 @@ import pickle
 import platform
 import re
 import shutil
-import subprocess
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .fingerprint import git_revision
 from .seeding import rng_state, set_rng_state
 from .spelling import nearest
 
@@ -210,12 +210,13 @@ def _write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         with suppress(OSError):
             temporary.unlink()
     if os.name == "posix":
-        # The rename itself survives a power cut only once the folder is on disk.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        # The rename itself survives a power cut only once the folder is on disk; not all file systems can.
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Size, torch.dtype, torch.device)
@@ -585,19 +586,3 @@ class Checkpointer:
             # Higher numbers can be of an earlier run in this folder: newest means up to this epoch.
             for number in sorted(n for n in numbered if n <= epoch)[: -self.keep]:
                 numbered[number].unlink(missing_ok=True)
-
-
-def git_revision() -> str | None:
-    """Commit of this source tree, with -dirty if it is modified; None if it is no git checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

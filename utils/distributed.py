@@ -36,12 +36,13 @@ _MPI_PORT = 29500  # torchrun's default
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among all: `rank` of `world_size`, `local_rank` on its machine, its device."""
+    """This process among all: `rank` of `world_size`, `local_rank` of `local_world_size` on its machine."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -51,13 +52,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher's environment says; `init_method` is where the processes meet."""
+    """What a launcher's environment says; `init_method` is where the processes meet.
+
+    `local_world_size` is 1 where the launcher does not say how many processes run on this machine.
+    """
 
     launcher: str
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     init_method: str = "env://"
+    local_world_size: int = 1
 
 
 def init_distributed(device: str = "auto", local_rank_flag: int | None = None) -> Runtime:
@@ -89,7 +94,9 @@ def init_distributed(device: str = "auto", local_rank_flag: int | None = None) -
             device_id=chosen if use_nccl else None,
             timeout=datetime.timedelta(minutes=30),
         )
-    return Runtime(launch.rank, launch.world_size, launch.local_rank, chosen)
+    return Runtime(
+        launch.rank, launch.world_size, launch.local_rank, chosen, launch.local_world_size
+    )
 
 
 def read_launch(env: Mapping[str, str], local_rank_flag: int | None = None) -> Launch:
@@ -137,7 +144,13 @@ def _torchrun(env: Mapping[str, str], local_rank_flag: int | None) -> Launch:
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK={rank} must be in range(WORLD_SIZE={world_size})")
     local_rank = _integer(env, "LOCAL_RANK", local_rank_flag or 0)
-    return Launch("torchrun", rank, world_size, local_rank)
+    return Launch(
+        "torchrun",
+        rank,
+        world_size,
+        local_rank,
+        local_world_size=_integer(env, "LOCAL_WORLD_SIZE", 1),
+    )
 
 
 def _mpirun(
@@ -157,6 +170,7 @@ def _mpirun(
         world_size=tasks,
         local_rank=_integer(env, local_rank, 0),
         init_method=f"tcp://{address or '127.0.0.1'}:{_integer(env, 'MASTER_PORT', _MPI_PORT)}",
+        local_world_size=_integer(env, local_size, 1),
     )
 
 
@@ -187,7 +201,18 @@ def _slurm(env: Mapping[str, str], tasks: int) -> Launch:
         world_size=tasks,
         local_rank=_integer(env, "SLURM_LOCALID", 0),
         init_method=f"tcp://{address}:{port}",
+        local_world_size=_slurm_tasks_here(env),
     )
+
+
+def _slurm_tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks on this machine, from a list of them by machine: `8(x2),4` on machine 2 -> 4."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = _integer(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 1
 
 
 def first_host(nodes: str) -> str:
@@ -202,6 +227,8 @@ def choose_device(device: str, launch: Launch, visible_gpus: int) -> torch.devic
     """The device of this process; ValueError if it has no GPU of its own."""
     if device == "auto":
         device = "cuda" if visible_gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"DEVICE='{device}' must be one of auto, cpu, cuda, cuda:N")
     chosen = torch.device(device)
     if chosen.type != "cuda":
         return chosen

@@ -1,4 +1,4 @@
-"""Pictures of dense predictions: boxes, masks and labels on images, coloured label maps, side by side.
+"""Pictures of what models say: boxes, masks, labels and numbers on images, coloured label maps, side by side.
 
 A picture is a uint8 tensor (3, H, W) on the CPU. Colours are those of `palette`, the same in every picture:
 class k of every image, ground truth and prediction has colour k.
@@ -134,6 +134,26 @@ def draw_labels(
     return _blend(picture, labels, palette(int(labels.max()) + 1), alpha)
 
 
+def draw_values(
+    picture: Tensor, values: Tensor, *, alpha: float = 0.6, colours: str = "inferno"
+) -> Tensor:
+    """The picture under the colours of a map of numbers, stretched to its size without smoothing.
+
+    Args:
+        picture: (3, H, W), uint8; it stays as it is.
+        values: (h, w); the smallest gets the first colour and the largest the last one. A map of one number
+            only, which shows nothing, gets the colour between.
+        alpha: share of the colours.
+        colours: name of a colour map of matplotlib.
+    """
+    values = values.detach().float().cpu()
+    low, high = values.min(), values.max()
+    shares = (values - low) / (high - low) if high > low else torch.full_like(values, 0.5)
+    shares = F.interpolate(shares[None, None], picture.shape[1:], mode="nearest-exact")[0, 0]
+    colour = torch.from_numpy(matplotlib.colormaps[colours](shares.numpy())[..., :3])
+    return _mixed(picture, 255 * colour.permute(2, 0, 1).float(), alpha)
+
+
 def legend(labels: Sequence[int], classes: Sequence[str], height: int) -> Tensor:
     """Colours and names of the classes that `labels` holds, as a picture of at least this height."""
     labels = sorted({int(label) for label in labels})
@@ -193,8 +213,12 @@ def _blend(picture: Tensor, labels: Tensor, colours: Sequence[Colour], alpha: fl
         return picture.clone()
     table = torch.tensor(colours, dtype=torch.float32)
     colour = table[labels.clamp(min=0)].permute(2, 0, 1)  # (3, H, W)
-    mixed = ((1 - alpha) * picture + alpha * colour).round().byte()
-    return torch.where(labels >= 0, mixed, picture)
+    return torch.where(labels >= 0, _mixed(picture, colour, alpha), picture)
+
+
+def _mixed(picture: Tensor, colour: Tensor, alpha: float) -> Tensor:
+    """Picture and colours (3, H, W) in [0, 255], `alpha` the share of the latter -> uint8."""
+    return ((1 - alpha) * picture + alpha * colour).round().byte()
 
 
 def _outlines(boxes: Tensor, size: Sequence[int]) -> Tensor:

@@ -68,11 +68,19 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Modules with parameters that the depths beyond the stem are made of."""
+    """Modules with parameters that the depths beyond the stem are made of, and that hold no other of them.
+
+    The backbone of a dense model is a depth, for its last norms, and no block: parameters are gathered when a
+    module is called, and of it only methods are.
+    """
     modules = dict(model.named_modules())
-    names = [name for depth in model.layer_prefixes()[1:] for name in depth]
-    found = [modules[name] for name in names if name in modules]
-    return [module for module in found if any(True for _ in module.parameters())]
+    names = [name for depth in model.layer_prefixes()[1:] for name in depth if name in modules]
+    return [
+        modules[name]
+        for name in names
+        if any(True for _ in modules[name].parameters())
+        and not any(other.startswith(f"{name}.") for other in names)
+    ]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -157,11 +157,10 @@ def test_a_loader_continues_from_a_saved_position():
     assert all(a.equal(b) for (a, _), (b, _) in zip(resumed, batches[3:], strict=True))
 
 
-def test_a_default_number_of_workers_on_a_small_machine_warns_and_works(caplog, monkeypatch):
+def test_a_default_number_of_workers_on_a_small_machine_warns_and_works(caplog):
     """Trap 11: workers are per process."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "500")
     with caplog.at_level(logging.WARNING):
-        data = build_data(make_config(DATA__NUM_WORKERS=3))
+        data = build_data(make_config(DATA__NUM_WORKERS=3), local_world_size=500)
     assert "DATA.NUM_WORKERS=3 is per process: 1500 workers" in caplog.text
     assert len(list(data.val)) == 2
 

@@ -316,3 +316,14 @@ def test_too_many_workers_are_warned_of_with_the_number_per_process(caplog):
         assert not caplog.records
         warn_of_too_many_workers(10_000, local_processes=2)
     assert "DATA.NUM_WORKERS=10000 is per process: 20000 workers" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "pins"), [(None, False), ("cpu", False), ("cuda:1", True)])
+def test_memory_is_pinned_for_a_gpu_only(device, pins, monkeypatch):
+    """Pinning makes a CUDA context, which a run with DEVICE cpu must not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    samples = Samples(noise(), eval_transform((24, 24)))
+    sampler = EvalBatchSampler(40, 4)
+    device = torch.device(device) if device else None
+    loader = Loader(samples, sampler, FINISH, device=device, pin_memory=True)
+    assert loader.pin_memory == pins

@@ -7,12 +7,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 from models import create_model
+from models.backbone import BATCH_NORMS
 from models.dhvt import DHVT
 from models.folding import fold_batch_norms
 from models.layers import eager
 from models.layers.conv_stem import ConvStem
 from models.layers.daff import DAFF
 from models.layers.head_interaction import HIAttention
+from modes.build import converted_to_sync
 from tests.golden_tools import fill_module_, relative_error
 from tests.reference.attention import inputs_of, packed_probabilities
 
@@ -269,3 +271,16 @@ def test_token_map_is_the_attention_of_the_class_token_among_all_keys():
     assert attention.shape == (2, 2, 6, 10)
     torch.testing.assert_close(attention.flatten(2), rows[:, :, 0, 1:61])
     assert attention.sum((2, 3)).max() < 1
+
+
+def test_only_the_batch_norms_of_the_stem_are_synchronised():
+    """As in the release; without parameters behind it, since PyTorch's work on GPUs only."""
+    with torch.device("meta"):
+        model = converted_to_sync(DHVT(**TINY))
+    kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    stem = [name for name in kinds if name.startswith("patch_embed.")]
+    assert {kinds[name] for name in stem} == {nn.SyncBatchNorm}
+    assert nn.SyncBatchNorm not in {kind for name, kind in kinds.items() if name not in stem}
+    assert len(kinds) > len(stem) > 0
+    names = [name for name, _ in DHVT(**TINY).named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == names

@@ -71,4 +71,7 @@ def test_models_and_rates_that_cannot_be_are_refused(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         keep_rates.main(["--cfg", SMOKE, "--resume", str(trained / "checkpoints" / "last.pth")])
     assert "MODEL.TYPE='dhvt' keeps all tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        keep_rates.main([*command(trained, tmp_path / "x.json", "1"), "TEST.TTA", "flip"])
+    assert "TEST.TTA='flip' must be 'none'" in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()

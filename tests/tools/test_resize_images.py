@@ -34,6 +34,15 @@ def tree(tmp_path):
     return root
 
 
+def test_linked_folders_are_copied_too(tree, tmp_path):
+    """As the loaders see them: without, a copy would lack classes, and train."""
+    (tmp_path / "elsewhere").mkdir()
+    picture(80, 120).save(tmp_path / "elsewhere" / "one.jpg")
+    (tree / "train" / "cat").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    resize_tree(tree, tmp_path / "target", 40)
+    assert "train/cat/one.jpg" in names(tmp_path / "target")
+
+
 def names(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 

@@ -164,6 +164,7 @@ def test_the_environment_of_a_process_is_torchruns(nodes, address, monkeypatch):
     assert 10000 <= int(env["MASTER_PORT"]) < 30000
     launch = read_launch(env)
     assert (launch.rank, launch.world_size, launch.local_rank) == (5, 8 * nodes, 5)
+    assert launch.local_world_size == 8
     other = tool.launch_environment(SimpleNamespace(**vars(job) | {"job_id": "1234568"}))
     assert other["MASTER_PORT"] != env["MASTER_PORT"]
     monkeypatch.setenv("MASTER_PORT", "29400")

@@ -46,15 +46,18 @@ def test_every_precision_takes_the_same_step_within_its_accuracy(dtype):
     torch.manual_seed(0)
     model, x = nn.Linear(4, 1), torch.rand(8, 4)
     expected = model.weight.detach().clone()
-    grad = 2 * (model(x) * x).mean(0, keepdim=True).detach()
+    out = model(x).detach()
+    grad, of_bias = 2 * (out * x).mean(0, keepdim=True), 2 * out.mean(0)
     expected -= 0.1 * grad
     amp, optimizer = Amp("cpu", dtype), torch.optim.SGD(model.parameters(), lr=0.1)
     with amp.autocast():
         loss = model(x).float().square().mean()
     amp.backward(loss)
     norm = amp.step(optimizer, model.parameters())
-    torch.testing.assert_close(model.weight.detach(), expected, atol=3e-3, rtol=0)
-    assert norm < 10  # unscaled: a scaled fp16 gradient is 65536 times larger
+    atol = 1e-6 if dtype == "float32" else 3e-3
+    torch.testing.assert_close(model.weight.detach(), expected, atol=atol, rtol=0)
+    # Unscaled: a scaled fp16 gradient is 65536 times larger.
+    assert norm.item() == pytest.approx(torch.cat([grad[0], of_bias]).norm().item(), rel=0.02)
 
 
 def step_with_gradient(amp, value, clip):
@@ -162,9 +165,11 @@ def test_apex_scales_the_loss_and_clips_its_master_parameters(monkeypatch):
     [("cuda", "bf16", "high"), ("cuda", "float32", "highest"), ("cpu", "bf16", "highest")],
 )
 def test_float32_is_rounded_only_where_autocast_rounds_on_a_gpu(device, dtype, precision):
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         Amp(device, dtype).set_float32_precision()
         assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == (precision == "high"), "convolutions"
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

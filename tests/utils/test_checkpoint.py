@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils import checkpoint
 from utils.checkpoint import Checkpointer, choose_source, fetch, load_file, save_checkpoint
 from utils.wrappers import unwrap
 
@@ -408,9 +407,3 @@ def test_a_url_is_downloaded_once_to_the_cache(tmp_path):
     assert fetch(url, tmp_path / "cache") == path, "the server is gone, the file is not"
     assert choose_source("train", "last.pth", resume=url).path == url
     assert fetch("some/file.pth") == Path("some/file.pth")
-
-
-def test_a_source_tree_without_git_has_no_revision(monkeypatch, tmp_path):
-    assert checkpoint.git_revision() is None or len(checkpoint.git_revision()) >= 40
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert checkpoint.git_revision() is None

@@ -58,6 +58,7 @@ def test_local_rank_by_hand_runs_one_process_and_waits_for_nobody(flag, caplog):
 
 def test_torchrun_variables_are_read():
     assert read_launch(TORCHRUN) == Launch("torchrun", 1, 2, 1)
+    assert read_launch(TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}).local_world_size == 2
     assert read_launch(TORCHRUN | SRUN).launcher == "torchrun"
 
 
@@ -95,7 +96,7 @@ HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 @pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["open-mpi", "hydra"])
 def test_processes_of_mpirun_meet_where_they_are_told(env):
     launch = read_launch(env | {"MASTER_ADDR": "head", "MASTER_PORT": "4000"})
-    assert launch == Launch("mpirun", 5, 8, 1, "tcp://head:4000")
+    assert launch == Launch("mpirun", 5, 8, 1, "tcp://head:4000", local_world_size=4)
     assert read_launch(env | {"MASTER_ADDR": "head"}).init_method == "tcp://head:29500"
     with pytest.raises(ValueError, match=r"4 run here, but MASTER_ADDR is not set: .*mpirun -x"):
         read_launch(env)
@@ -125,6 +126,10 @@ def test_a_slurm_step_meets_at_the_first_node():
         1,
     )
     assert launch.init_method == f"tcp://gpu003:{10000 + 1234567 % 20000}"
+    assert launch.local_world_size == 1, "nobody said it"
+    shares = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2", "SLURM_NODEID": "2"}
+    assert read_launch(shares).local_world_size == 2
+    assert read_launch(shares | {"SLURM_NODEID": "1"}).local_world_size == 3
     assert read_launch(SRUN | {"SLURM_STEP_ID": "1"}).init_method != launch.init_method
     without_nodes = {k: v for k, v in SRUN.items() if k != "SLURM_NODELIST"}
     assert read_launch(without_nodes).init_method.startswith("tcp://10.0.0.9:")
@@ -185,6 +190,9 @@ def test_each_process_gets_its_gpu_or_a_clear_error():
         choose_device("cuda:2", Launch("none"), 2)
     with pytest.raises(ValueError, match="sees no GPU"):
         choose_device("cuda", Launch("none"), 0)
+    for name in ("gpu", "mps", "cuda:", "cuda:-1"):
+        with pytest.raises(ValueError, match=f"DEVICE='{name}' must be one of auto, cpu, cuda"):
+            choose_device(name, Launch("none"), 1)
 
 
 WORKER = """
@@ -229,3 +237,23 @@ def test_two_processes_agree_on_every_helper_and_on_a_failed_save(tmp_path):
     state = torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)
     assert len(state["rng"]) == 2
     assert state["progress"] == {"epoch": 0}
+
+
+@pytest.mark.parametrize(("has_nccl", "backend"), [(True, "nccl"), (False, "gloo")])
+def test_gpus_use_nccl_where_there_is_one(has_nccl, backend, monkeypatch, caplog):
+    """Trap 2: PyTorch for Windows has no NCCL."""
+    for name, value in (TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    calls, device = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: calls.append(chosen))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *a, **k: calls.append((a, k))
+    )
+    runtime = init_distributed("auto")
+    assert (runtime.rank, runtime.device, runtime.local_world_size) == (1, device, 2)
+    chosen, ((named,), keywords) = calls
+    assert (chosen, named) == (device, backend)
+    assert keywords["device_id"] == (device if has_nccl else None)
+    assert ("has no NCCL" in caplog.text) == (not has_nccl)
