@@ -150,14 +150,17 @@ def load_weights(
     source: Source,
     classes: Sequence[str] = (),
     mapped: bool = False,
+    content: Any = None,
 ) -> LoadReport:
     """Weights of a file of ours or an official one; only a fresh run may replace the classifier.
 
     Args:
         classes: of the data, where they must be those that the weights were trained on.
         mapped: leave the tensors on the disk until they are used.
+        content: of the file, where it is known; None reads it.
     """
-    content = load_file(fetch(source.path), mapped)
+    if content is None:
+        content = load_file(fetch(source.path), mapped)
     fresh = source.kind == "pretrained"
     if not fresh and isinstance(content, dict):
         check_classes(content.get("classes"), classes, source.path)
