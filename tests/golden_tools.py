@@ -75,6 +75,15 @@ def relative_error(value: Tensor, reference: Any) -> float:
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
+def without_useful_gradient(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient is missing, zero everywhere, or not finite somewhere."""
+    return [
+        name
+        for name, p in module.named_parameters()
+        if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
+    ]
+
+
 @dataclass(frozen=True)
 class Trained:
     """One training forward and backward pass with the loss of the golden files."""

@@ -24,6 +24,7 @@ from modes.build import check_batch_norm
 from modes.results import throughput_size
 from modes.training import TrainingRun
 from optimizer import build_optimizer
+from tests.golden_tools import SkipInit
 from tests.small_models import SMALL
 from utils.distributed import Runtime
 
@@ -241,7 +242,7 @@ def with_base(tmp_path, *bases):
 
 def build_on_meta(config):
     classes = {"coco": 80, "ade20k": 150}[config.DATA.DATASET]
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         return build_model(config, num_classes=classes)
 
 

@@ -13,7 +13,7 @@ import torch
 import main as program
 from config import load_config
 from models import CONFIG_DIR
-from tests.processes import run_on_two_processes
+from tests.processes import free_port, run_on_two_processes
 from utils.sharding import shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,9 @@ COMMON = [
 ]  # fmt: skip
 FSDP = ["TRAIN.FSDP", "True"]
 ROUNDING = 5e-6
+# A detector and a segmenter: their backbone is called by other methods than `forward`.
+DENSE = [str(CONFIG_DIR / "_base_" / f"smoke_{task}.yaml") for task in ("det", "seg")]
+DENSE_OPTIONS = ["TRAIN.MAX_STEPS", "2", "TRAIN.OPTIMIZER.EPS", "1e-4"]
 # One of each way to build a model out of blocks.
 ARCHITECTURES = ["deit", "evit", "dhvt", "dfvt", "swin", "mixed", "pvt_dge"]
 
@@ -40,8 +43,9 @@ import torch
 import torch.distributed as dist
 import main as program
 from models import create_model
+from tests.processes import time_briefly
 from tests.small_models import SMALL
-from tests.test_fsdp import ARCHITECTURES, COMMON, FSDP, SMOKE
+from tests.test_fsdp import ARCHITECTURES, COMMON, DENSE, DENSE_OPTIONS, FSDP, SMOKE
 from utils import distributed
 from utils.amp import Amp
 from utils.checkpoint import save_checkpoint
@@ -135,14 +139,21 @@ distributed.cleanup()
 
 # -- main.py ---------------------------------------------------------------------------------------
 
-def run(tag, *opts, args=()):
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    program.main(["--cfg", SMOKE, "--output", "out", "--tag", tag, *args, "--opts", *opts])
+time_briefly()
+ports = iter(sys.argv[1:])
+
+def run(tag, *opts, args=(), cfg=SMOKE):
+    os.environ["MASTER_PORT"] = next(ports)
+    program.main(["--cfg", cfg, "--output", "out", "--tag", tag, *args, "--opts", *opts])
 
 run("ddp", *COMMON)
 run("fsdp", *COMMON, *FSDP)
 args = ["--resume", "out/smoke_cls/ddp/checkpoints/epoch_0.pth"]
 run("ddp_to_fsdp", *COMMON, *FSDP, args=args)
+
+for cfg in DENSE:
+    run("ddp", *DENSE_OPTIONS, cfg=cfg)
+    run("fsdp", *DENSE_OPTIONS, *FSDP, cfg=cfg)
 """
 
 
@@ -150,7 +161,8 @@ run("ddp_to_fsdp", *COMMON, *FSDP, args=args)
 def folder(tmp_path_factory) -> Path:
     """What two processes left that ran WORKER."""
     place = tmp_path_factory.mktemp("fsdp")
-    run_on_two_processes(WORKER, timeout=280, folder=place)
+    ports = [str(free_port()) for _ in range(3 + 2 * len(DENSE))]
+    run_on_two_processes(WORKER, *ports, timeout=280, folder=place)
     return place
 
 
@@ -215,6 +227,17 @@ def test_training_and_its_files_equal_those_of_ddp(folder, tag):
     assert found["metrics"]["images"] == 17
     assert found["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], abs=1e-4)
     assert found["scheduler"] == expected["scheduler"]
+
+
+@pytest.mark.parametrize("name", ["smoke_det", "smoke_seg"])
+def test_dense_models_are_trained_as_by_ddp(folder, name):
+    expected, found = (
+        torch.load(folder / "out" / name / tag / "checkpoints" / "last.pth", weights_only=True)
+        for tag in ("ddp", "fsdp")
+    )
+    assert distance(found["model"], expected["model"]) < ROUNDING
+    assert found["progress"] == expected["progress"]
+    assert expected["progress"]["step"] == 2
 
 
 def test_the_summary_of_a_sharded_run_is_complete(folder):

@@ -57,7 +57,8 @@ def test_every_architecture_is_trained():
 def test_bfloat16_follows_float32_within_noise(family, digits):
     single, half = (losses(family, digits, bfloat16) for bfloat16 in (False, True))
     assert half.isfinite().all()
-    assert single[-LAST:].mean() < 0.95 * single[:5].mean(), "nothing was learnt"
+    learnt = single[:5].mean() - single[-LAST:].mean()
     # From batch to batch the loss varies by `std`; another order of the images changes the mean as much.
-    difference = (half[-LAST:].mean() - single[-LAST:].mean()).abs()
-    assert difference < 0.05 + 0.5 * single[-LAST:].std()
+    bound = 0.05 + 0.5 * single[-LAST:].std()
+    assert learnt > 2 * bound, "half precision that learns nothing would pass"
+    assert (half[-LAST:].mean() - single[-LAST:].mean()).abs() < bound

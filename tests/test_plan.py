@@ -14,6 +14,7 @@ from config import load_config
 from models import CONFIG_DIR, build_model
 from modes.planning import make_plan
 from modes.training import TrainingRun
+from tests.golden_tools import SkipInit
 from utils.distributed import Runtime
 from utils.plan import Group, summarise_groups
 from utils.plotting import plot_schedule
@@ -72,7 +73,8 @@ def recipe(name, *opts):
 
 
 def plan_of(config, processes=1):
-    return make_plan(config, Runtime(0, processes, 0, torch.device("cpu")))
+    with SkipInit():
+        return make_plan(config, Runtime(0, processes, 0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -129,7 +131,7 @@ def test_the_rate_of_a_recipe_rises_linearly_and_falls_along_a_cosine(name):
 @pytest.mark.parametrize("name", TABLE)
 def test_the_groups_of_a_recipe_hold_every_parameter_once(name):
     config = recipe(name)
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = build_model(config, num_classes=config.MODEL.NUM_CLASSES or 1000)
     if name == "dhvt_cifar":
         model.reset_classifier(100)
@@ -145,7 +147,7 @@ def test_the_groups_of_a_recipe_hold_every_parameter_once(name):
 @pytest.mark.parametrize(("size", "drop_path"), [("tiny", 0.0), ("small", 0.1), ("base", 0.2)])
 def test_the_convolution_branch_of_dfvt_learns_at_twice_the_rate(size, drop_path):
     config = load_config(CONFIG_DIR / "dfvt" / f"dfvt_{size}.yaml")
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = build_model(config)
     branch = sum(
         p.numel()
@@ -265,7 +267,7 @@ def test_what_is_frozen_is_in_no_group():
     head = 32 * 10 + 10
     assert plan.params == head
     assert plan.facts["parameters"]["trainable"] == head
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         total = sum(p.numel() for p in build_model(load_config(SMOKE), num_classes=10).parameters())
     assert plan.facts["parameters"]["frozen"] == total - head
 

@@ -55,7 +55,7 @@ def test_the_literal_model_equals_the_model(family, training):
     assert gradients.keys() == others.keys()
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
     for name, gradient in gradients.items():
-        assert (others[name] - gradient).norm() <= 1e-4 * total, name
+        assert (others[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5 * total, name
 
 
 def test_the_literal_model_does_not_use_the_fused_kernels(monkeypatch):
@@ -303,6 +303,7 @@ def test_the_table_of_throughput_has_a_line_per_model_and_compile_mode():
 
 def test_a_run_writes_json_table_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "TURN_S", 0.01)
+    monkeypatch.setattr(run, "measure_peaks", lambda _: dict(tflop_per_s=0.5, gb_per_s=10.0))
     name = "dhvt_tiny_cifar_patch4"
     result = run.main(
         f"--models {name} {name}=self --batch-size 1 --rounds 3 --warmup 1 --latency-passes 2 "

@@ -1,10 +1,14 @@
-"""Images on disk in the layouts that users bring."""
+"""Images on disk in the layouts that users bring, and the same examples of hypothesis on each run."""
 
 import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
+settings.load_profile("reproducible")
 
 
 @pytest.fixture

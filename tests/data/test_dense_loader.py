@@ -122,7 +122,7 @@ def test_workers_change_no_sample(kind, request):
 def test_classes_come_along(coco, ade):
     assert build_data(coco).classes == ["disc", "square", "triangle"]
     assert build_data(coco).val.dataset.dataset.category_ids == [3, 7, 20]
-    assert build_data(ade).num_classes == len(build_data(ade).classes)
+    assert build_data(ade).num_classes == len(build_data(ade).classes) == 3
 
 
 def test_formats_are_known_per_task(tmp_path):

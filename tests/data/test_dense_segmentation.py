@@ -60,7 +60,7 @@ seeds = st.integers(0, 2**31)
 # -- image and mask stay together ---------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=sizes,
     resize=st.tuples(st.integers(60, 150), st.integers(30, 90)),
@@ -97,7 +97,7 @@ def test_a_pixel_keeps_its_label_through_training(size, resize, ratios, crop, sh
     assert target["original_size"] == size
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=sizes, new=st.tuples(st.integers(5, 120), st.integers(5, 120)), seed=seeds)
 def test_a_new_pixel_has_the_label_at_its_centre(size, new, seed):
     mask = blocks(LABELS, size, seed % 7)
@@ -120,7 +120,7 @@ def test_images_are_interpolated_as_opencv_does_it(new):
     assert difference.max() <= 1  # OpenCV rounds its weights
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(size=sizes, resize=st.tuples(st.integers(10, 200), st.integers(10, 90)), seed=seeds)
 def test_in_evaluation_the_mask_stays_as_it_is_stored(size, resize, seed):
     mask = blocks(LABELS, size, seed % 7)
@@ -237,7 +237,7 @@ def literal_crop(labels, size, share):
     return (*corner, height, width), checked
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.tuples(st.integers(17, 33), st.integers(17, 33)),
     crop=st.tuples(st.integers(6, 20), st.integers(6, 20)),
@@ -310,7 +310,7 @@ def literal_distortion(pixels, params):
     return pixels if params["contrast_first"] else linear(pixels, params["contrast"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds)
 def test_colours_are_distorted_as_a_literal_implementation_does_it(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (12, 9, 3), np.uint8)

@@ -23,7 +23,7 @@ from data.dense.detection import (
 )
 from tests.data.coco_files import run_lengths
 
-examples = settings(max_examples=80, deadline=None, database=None, derandomize=True)
+examples = settings(max_examples=80)
 
 DARK, BRIGHT = 30, 220
 

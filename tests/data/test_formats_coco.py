@@ -378,7 +378,7 @@ def test_a_split_without_objects_stops_a_run_before_it_trains(tmp_path, split, c
         check_data(load_config(file, [*opts, "TEST.REPORT", "True"]))
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=12), st.booleans())
 def test_run_lengths_as_text_are_the_numbers_that_pycocotools_wrote(lengths, starts_with_ones):
     counts = [0, *lengths] if starts_with_ones else lengths

@@ -46,7 +46,7 @@ def test_a_model_is_one_graph_for_any_number_of_images(family):
     for batch in (4, 3, 2, 5):
         x = torch.randn(batch, 3, overrides["img_size"], overrides["img_size"])
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
-    assert backend.graphs <= 2
+    assert 1 <= backend.graphs <= 2
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_packed_queries_make_no_graph_of_their_own():
         asked.add(float(model.complexity().dynamic.sum()))
         graphs.append(backend.graphs)
     assert len(asked) > 3
-    assert graphs[-1] == graphs[0]
+    assert graphs[-1] == graphs[0] > 0
 
 
 def test_a_shrinking_keep_rate_makes_few_graphs():
@@ -90,7 +90,7 @@ def test_a_shrinking_keep_rate_makes_few_graphs():
     for percent in range(100, 40, -4):
         model.set_keep_rate(percent / 100)
         run(x).sum().backward()
-    assert backend.graphs <= 3
+    assert 1 <= backend.graphs <= 3
 
 
 @pytest.mark.slow
@@ -100,4 +100,4 @@ def test_training_with_dilated_attention_is_one_graph_for_any_number_of_images()
     run, backend = compiled(model)
     for batch in (4, 3, 2, 5):
         run(torch.randn(batch, 3, overrides["img_size"], overrides["img_size"])).sum().backward()
-    assert backend.graphs <= 2
+    assert 1 <= backend.graphs <= 2

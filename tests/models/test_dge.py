@@ -15,6 +15,7 @@ from models.layers.grained import ragged_attention
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.pretrained import load_pretrained
 from tasks.classification import ClassificationTask
+from tests.operators import Operators
 from tests.reference.grained_encoder import grained_block
 from utils.amp import Amp
 
@@ -200,11 +201,65 @@ def test_splits_must_divide_the_largest():
 def test_static_complexity_is_the_published_number():
     with torch.device("meta"):
         model = create_model("deit_dge_s124_tiny_patch16_256")
-    every = torch.tensor([257.0], dtype=torch.float64)
-    block = model.blocks[0].macs(257, every, model.counted_products)
-    assert block.item() == 139_941_897 + 12_336
-    assert 12 * block.item() + model.fixed_macs(256 * 256) == 1_717_391_532
-    assert 12 * block.item() + model.fixed_macs(3 * 256) == 1_680_085_164
+    shared, of_query = model.blocks[0].macs(257, model.counted_products)
+    block = shared + 257 * of_query
+    assert block == 139_941_897 + 12_336
+    assert 12 * block + model.fixed_macs(256 * 256) == 1_717_391_532
+    assert 12 * block + model.fixed_macs(3 * 256) == 1_680_085_164
+
+
+def macs_of_the_release(block, inputs, queries, counted_products):
+    """Multiply-adds of a block, part by part."""
+    dim, hidden, reduction = (
+        block.attn.q.in_features,
+        block.mlp.fc1.out_features,
+        block.attn.reduction,
+    )
+    keys = inputs / reduction**2
+    norms = 2 * inputs * dim
+    projections = 2 * queries * dim**2 + 2 * keys * dim**2
+    products = counted_products * queries * keys * dim + 3 * queries * keys * block.attn.num_heads
+    coarser = inputs * dim**2 + keys * dim if reduction > 1 else 0
+    mlp = 2 * queries * dim * hidden + queries * hidden
+    router = inputs / block.dge.region**2 * dim * (1 + len(block.dge.steps))
+    return norms + projections + products + coarser + mlp + router
+
+
+@pytest.mark.parametrize("make", [small_deit, small_pvt])
+@pytest.mark.parametrize("training", [True, False])
+def test_complexity_is_the_formula_summed_over_all_blocks(make, training):
+    model = make(splits=(6, 3, 1) if make is small_deit else (4, 2, 1)).train(training)
+    model(torch.randn(3, 3, 128, 160))
+    static, dynamic = model.complexity()
+    assert static.grad_fn is None
+    expected_static = expected_dynamic = model.fixed_macs(3 * 128)
+    for name, routing, size, extra in model._last.blocks:
+        block, inputs = model.get_submodule(name), extra + math.prod(size)
+        counted = model.counted_products
+        queries = block.dge.num_queries(routing.gates, size, extra).double()
+        expected_static += macs_of_the_release(block, inputs, inputs, counted)
+        expected_dynamic = expected_dynamic + macs_of_the_release(block, inputs, queries, counted)
+    torch.testing.assert_close(static, torch.full_like(static, expected_static), rtol=1e-14, atol=0)
+    torch.testing.assert_close(dynamic, expected_dynamic, rtol=1e-14, atol=0)
+    if training:
+        routers = [p for n, p in model.named_parameters() if ".gate." in n]
+        found, expected = (
+            torch.autograd.grad((macs.mean() / 1e9).square(), routers, retain_graph=True)
+            for macs in (dynamic, expected_dynamic)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_budget_takes_few_operators_however_many_blocks_there_are():
+    counts = set()
+    for depth in (2, 5):
+        model = small_deit(depth=depth).train()
+        model(torch.randn(2, 3, 64, 64))
+        model.complexity()  # makes what is made once
+        with Operators() as operators:
+            model.aux_losses()
+        counts.add(len(operators.names))
+    assert max(counts) == min(counts) <= 20
 
 
 @torch.no_grad()

@@ -39,6 +39,21 @@ def test_values_and_gradients_equal_the_definition(size, by_rows, monkeypatch):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_deterministic_training_on_a_gpu_gathers_rows(monkeypatch):
+    """The gradient of `F.grid_sample` refuses to run there."""
+    chosen, gpu = point_sampling.gathers_rows, torch.device("cuda")
+    monkeypatch.setattr(point_sampling, "gathers_rows", lambda device: chosen(gpu))
+    attn, x, results = scattered_attention(), torch.randn(2, 20, 8, requires_grad=True), []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        assert chosen(gpu) is deterministic
+        output = attn(x, (4, 5))
+        results.append([output, *gradients(attn, x, output)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert not chosen(gpu), "forward is deterministic either way"
+
+
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_keeps_the_positions(autocast, by_rows, monkeypatch):

@@ -437,6 +437,11 @@ def test_two_steps_on_digits_lower_the_loss_with_each_mixer_in_each_stage(spec, 
         optimizer.zero_grad()
         (loss + sum(model.aux_losses().values())).backward()
         optimizer.step()
+        assert not [
+            name
+            for name, p in model.named_parameters()
+            if p.grad is None or not p.grad.isfinite().all()
+        ]
     assert losses[2] < losses[0], losses
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -610,6 +615,22 @@ def test_a_frame_with_query_mixers_keeps_the_contract(spec):
     assert maps == [(3, 8, 11, 16), (3, 8, 6, 8), (3, 16, 3, 4), (3, 16, 2, 2)]
     assert len(model.token_maps()) == 4
     assert not model.drops_tokens
+
+
+@pytest.mark.parametrize("spec", QUERY_MIXERS)
+def test_under_autocast_every_parameter_gets_the_gradient_of_float32(spec):
+    """What chooses the tokens, without gradients, must leave no casts behind for those that need them."""
+    model, (images, _) = frame([spec, "pooling", "pooling", "pooling"]).train(), digits()
+    grads = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(images).square().mean() + sum(model.aux_losses().values())
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() < 0.1 * grad.norm() + 1e-4, name
 
 
 @pytest.mark.parametrize("spec", QUERY_MIXERS)

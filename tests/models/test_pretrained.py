@@ -19,6 +19,8 @@ from models.layers.resize import (
 )
 from models.mixers.plain import _resize_columns
 from models.pretrained import LoadReport, find_weights, has_averaged_weights, load_pretrained
+from tests.golden_tools import fill_module_
+from tests.small_models import SMALL
 
 
 class Tables(nn.Module):
@@ -575,3 +577,24 @@ def test_a_model_without_memory_tells_what_does_not_fit_and_warns_of_nothing(nam
     with pytest.raises(ValueError, match="unexpected 1: surplus"):
         load_pretrained(other, state | {"surplus": torch.zeros(1)})
     assert load_pretrained(other, dict(state)).head_replaced
+
+
+@pytest.mark.parametrize("family", ["swin", "swinv2", "dfvt", "deit_dge"])
+def test_a_model_without_memory_runs_with_the_tensors_of_the_file(family):
+    name, sizes = SMALL[family]
+    source = fill_module_(create_model(name, **sizes))
+    counters = ("num_batches_tracked", "splits")  # a file may lack them
+    state = {n: t for n, t in source.state_dict().items() if not n.endswith(counters)}
+    with torch.device("meta"):
+        model = create_model(name, **sizes)
+        load_pretrained(model, dict(state))
+    learned = [name for name, _ in source.named_parameters()]
+    assert all(model.get_parameter(n).data_ptr() == state[n].data_ptr() for n in learned)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    x = torch.randn(2, 3, sizes["img_size"], sizes["img_size"])
+    for training in (True, False):
+        outputs = []
+        for net in (source, model):
+            torch.manual_seed(0)
+            outputs.append(net.train(training)(x))
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)

@@ -49,20 +49,6 @@ def test_each_stage_resizes_its_own_table(size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(33, 47), (32, 32), (70, 41)])
-def test_odd_sizes_are_the_padded_ones_stage_by_stage(size):
-    model = small(num_classes=0)
-    maps = model.forward_pyramid(torch.randn(2, 3, *size))
-    for feature, info in zip(maps, model.feature_info, strict=True):
-        stride = info["stride"]
-        assert feature.shape[1:] == (
-            info["channels"],
-            -(-size[0] // stride),
-            -(-size[1] // stride),
-        )
-
-
-@torch.no_grad()
 def test_a_patch_that_the_border_cuts_is_filled_with_zeros():
     model = small()
     images = torch.randn(1, 3, 61, 62)

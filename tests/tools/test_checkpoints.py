@@ -215,7 +215,10 @@ def test_foreign_safetensors_become_weights_that_load(tmp_path):
     model = create_model(name, num_classes=3, **overrides)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     tool.main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "a.pth")])
-    model.load_state_dict(load_file(tmp_path / "a.pth")["model"])
+    weights, expected = load_file(tmp_path / "a.pth")["model"], model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    create_model(name, num_classes=3, **overrides).load_state_dict(weights)
 
 
 def test_the_suffix_is_the_format(tmp_path, capsys):

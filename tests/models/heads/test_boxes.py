@@ -10,14 +10,17 @@ from models.heads.boxes import (
     BACKGROUND,
     IGNORED,
     AnchorGrid,
+    Part,
     best_candidates,
     clip,
     decode,
     encode,
     first_map,
     image_sizes,
+    map_shapes,
     match,
 )
+from tests.operators import Operators
 
 # RetinaNet's anchors by hand: side 4 strides times 1, 2^(1/3), 2^(2/3), areas kept at ratios 0.5, 1, 2.
 SIDES = {8: [32.0, 40.3175, 50.7968], 128: [512.0, 645.0796, 812.7493]}
@@ -66,6 +69,18 @@ def test_valid_anchors_are_those_of_the_image_padded_alone(size, columns, rows):
     valid = grid.is_valid(anchors, size).view(20, 20)
     assert valid[:rows, :columns].all()
     assert valid.sum() == rows * columns
+
+
+@pytest.mark.parametrize("size", [(96, 160), (64, 96), (33, 70), (90, 1), (1, 160)])
+def test_parts_are_the_valid_anchors_of_each_level(size):
+    grid = AnchorGrid([4, 8, 16, 32, 64], 32, [8, 16], [0.5, 1.0, 2.0])
+    maps = [torch.zeros(1, 1, math.ceil(96 / s), math.ceil(160 / s)) for s in grid.strides]
+    anchors, parts = grid(maps), grid.valid_parts(map_shapes(maps), size)
+    for level, part in zip(anchors, parts, strict=True):
+        valid = grid.is_valid(level, size)
+        assert part.of(level).equal(level[valid])
+        index = torch.arange(len(part.of(level)))
+        assert part.in_level(index).equal(torch.where(valid)[0])
 
 
 def literal_match(boxes, anchors, positive, negative, low_quality):
@@ -142,9 +157,10 @@ def test_best_candidates_equals_a_literal_loop():
     logits = [torch.randn(30, 3), torch.randn(10, 3)]
     deltas = [torch.randn(30, 4), torch.randn(10, 4)]
     deltas[0][3] = torch.tensor([100.0, 0, 0, 0])  # out of the image
-    valid = [torch.rand(30) > 0.2, torch.ones(10, dtype=torch.bool)]
+    parts = [Part(rows=4, columns=5, width=6), Part(2, 5, 5)]
+    valid = [torch.tensor([i < 24 and i % 6 < 5 for i in range(30)]), torch.tensor([True] * 10)]
     boxes, scores, classes, levels = best_candidates(
-        logits, deltas, anchors, valid, (60, 80), limit=12, threshold=0.4
+        logits, deltas, anchors, parts, (60, 80), limit=12, threshold=0.4
     )
     expected = []
     for level in range(2):
@@ -170,18 +186,41 @@ def test_best_candidates_equals_a_literal_loop():
 
 @pytest.mark.parametrize(("threshold", "kept"), [(0.0, 4), (1.0, 0)])
 def test_a_threshold_of_zero_keeps_all_candidates_and_of_one_none(threshold, kept):
-    one = torch.ones(4, dtype=torch.bool)
     logits = torch.tensor([[-200.0], [-3.0], [0.0], [200.0]])
     found = best_candidates(
         [logits],
         [torch.zeros(4, 4)],
         [random_boxes(4)],
-        [one],
+        [Part(2, 2, 2)],
         (99, 99),
         limit=9,
         threshold=threshold,
     )
     assert [len(column) for column in found] == [kept] * 4
+
+
+def test_what_is_no_number_is_no_candidate_and_takes_no_place():
+    nan, infinity = torch.nan, torch.inf
+    logits = torch.tensor([nan, 1.0, -infinity, 0.0, infinity, nan])[:, None]
+    boxes = random_boxes(6)
+    for limit, expected in ((2, [4, 1]), (9, [4, 1, 3])):
+        found, scores, *_ = best_candidates(
+            [logits], [torch.zeros(6, 4)], [boxes], [Part(1, 6, 6)], (99, 99), limit=limit
+        )
+        torch.testing.assert_close(found, boxes[expected])
+        assert scores.equal(logits[expected, 0].sigmoid())
+
+
+def test_candidates_wait_for_the_device_once():
+    grid = AnchorGrid([4, 8, 16], 32, [8], [1.0, 2.0])
+    maps = [torch.zeros(1, 1, 64 // s, 96 // s) for s in grid.strides]
+    anchors = grid(maps)
+    outputs = [[torch.randn(len(a), width) for a in anchors] for width in (1, 4)]
+    with Operators() as operators:
+        anchors = grid(maps)
+        parts = grid.valid_parts(map_shapes(maps), (40, 70))
+        best_candidates(*outputs, anchors, parts, (40, 70), limit=50)
+    assert operators.waits == 1
 
 
 def test_sizes_are_whole_images_without_targets():

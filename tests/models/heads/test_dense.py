@@ -10,6 +10,7 @@ from models import create_model, list_models
 from models.heads import DenseModel, find_head, head_entries
 from models.heads.dense import pyramid_of
 from optimizer import param_groups
+from tests.golden_tools import SkipInit
 from tests.small_models import SMALL
 
 DENSE = sorted(set(SMALL) - {"evit", "evit without fusion"})
@@ -163,7 +164,12 @@ def test_a_copy_evaluates_and_keeps_its_own_weights():
     twin.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(images), twin(images))
+        expected = model(images)
+        assert torch.equal(twin(images), expected)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert not torch.equal(model(images), expected)
+        assert torch.equal(twin(images), expected)
 
 
 def test_gradient_checkpointing_reaches_the_backbone():
@@ -251,7 +257,7 @@ def test_no_head_is_no_head_of_another_task():
 
 @pytest.mark.parametrize("name", list_models())
 def test_layers_of_a_map_exist(name):
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = create_model(name, num_classes=0)
     for index in range(len(model.feature_info) - 1):
         for layer in model.map_layers(index):

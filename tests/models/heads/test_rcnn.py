@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.heads.boxes import BACKGROUND, IGNORED, encode, match
+from models.heads.boxes import BACKGROUND, IGNORED, encode, map_shapes, match
 from models.heads.rcnn import FasterRCNNHead, MaskRCNNHead, Sampled, mask_targets, pool, sample
+from tests.operators import Operators
 
 FEATURES = [dict(channels=8 * 2**i, stride=4 * 2**i) for i in range(4)]
 SMALL = dict(fpn_channels=16, fc_dim=24)
@@ -204,6 +205,24 @@ def test_mask_loss_is_the_mean_over_the_masks_of_the_true_classes():
     torch.testing.assert_close(found, sum(expected) / 2)
 
 
+@pytest.mark.parametrize("images", [1, 3])
+def test_training_waits_for_the_device_a_few_times_per_image(images):
+    """For lengths that images decide: candidates, suppression, samples, and those that found something."""
+    # Of many candidates torchvision suppresses level by level on a CPU, and all at once on a GPU.
+    head = MaskRCNNHead(FEATURES, 3, **SMALL, rpn_candidates=[100, 100])
+    maps = [
+        torch.randn(images, f["channels"], 64 // f["stride"], 96 // f["stride"]) for f in FEATURES
+    ]
+    found = target([[10, 12, 42, 50], [60, 20, 95, 60]], [0, 2], (60, 90))
+    batch = [found | dict(masks=torch.ones(2, 64, 96, dtype=torch.bool))] * images
+    head(maps, torch.zeros(images, 3, 64, 96), batch)  # makes what is made once
+    with Operators() as operators:
+        head(maps, torch.zeros(images, 3, 64, 96), batch)
+    assert (
+        operators.waits <= 8 * images + 9
+    )  # 41 per image, when each level and each use of a mask asked
+
+
 def test_proposals_are_as_many_as_said_in_training_and_evaluation():
     head = FasterRCNNHead(FEATURES, 3, **SMALL, rpn_candidates=[60, 30], rpn_proposals=[50, 20])
     maps, _ = maps_and_images()
@@ -212,7 +231,7 @@ def test_proposals_are_as_many_as_said_in_training_and_evaluation():
     anchors = head.rpn.anchors(levels)
     for training, expected in ((True, 50), (False, 20)):
         head.train(training)
-        proposals = head.rpn.propose(*outputs, anchors, [(64, 96), (64, 64)])
+        proposals = head.rpn.propose(*outputs, anchors, [(64, 96), (64, 64)], map_shapes(levels))
         assert [len(p) for p in proposals] == [expected] * 2
         assert proposals[1].max() <= 64
 

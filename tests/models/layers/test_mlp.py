@@ -140,6 +140,10 @@ def test_a_stem_in_pieces_equals_it_at_once(name, monkeypatch):
     x = torch.randn(3, 3, 64, 64)
     monkeypatch.setattr(eager, "PIECE", 2**30)
     expected = model(x)
+    sizes = []
+    first = next(m for m in model.patch_embed.modules() if isinstance(m, torch.nn.Conv2d))
+    first.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     monkeypatch.setattr(eager, "PIECE", 1)
     monkeypatch.setattr(eager, "POSITIONS", 1)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert sizes == [1, 1, 1]

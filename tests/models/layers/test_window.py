@@ -8,15 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from models.layers import biased_attention as module
+from models.layers import window
 from models.layers.biased_attention import biased_attention
+from models.layers.table_cache import Constants
 from models.layers.tokens import space_to_depth
 from models.layers.window import CosineWindowAttention, WindowAttention
 from models.layers.window_mlp import WindowMlp
 from models.layers.window_partition import (
+    PADDING,
     relative_coords_table,
     relative_position_index,
     window_mask,
 )
+from tests.operators import Operators
 from tests.reference.window_attention import window_attention
 
 # Map, configured window, shift, windows as in DFvT's detection backbone.
@@ -161,12 +165,12 @@ def test_mask_keeps_regions_apart_by_minus_100():
 @pytest.mark.parametrize("shift", [0, 2])
 def test_mask_hides_padded_keys_only_and_no_row_is_empty(shift):
     mask = window_mask((6, 5), window=4, shift=shift)
-    hidden = mask.isneginf()
+    hidden = mask == PADDING
     # Of the 8x8 padded map 30 tokens are real, and each is a key in all 16 rows of its window.
     assert (~hidden).sum() == 30 * 16
     assert (hidden == hidden[:, :1]).all()
-    assert mask.isfinite().any(-1).all()
-    assert not window_mask((6, 5), 4, shift, hide_padding=False).isinf().any()
+    assert (~hidden).any(-1).all()
+    assert not (window_mask((6, 5), 4, shift, hide_padding=False) == PADDING).any()
 
 
 def test_relative_position_index_counts_rows_then_columns():
@@ -245,6 +249,79 @@ def test_a_bias_kept_under_inference_mode_does_not_break_training():
         module(x)
     module(x).sum().backward()
     assert module.relative_position_bias_table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+def test_blocks_of_a_stage_share_mask_and_tables_in_training(cls, monkeypatch):
+    made = []
+    for name in ("window_mask", "relative_position_index", "relative_coords_table"):
+        make = getattr(window, name)
+        monkeypatch.setattr(window, name, lambda *a, f=make: made.append(f.__name__) or f(*a))
+    blocks = [attention(cls, (6, 6), 4, shift) for shift in (0, 2, 0, 2)]
+    made.clear()
+    for _ in range(2):
+        for grid in ((7, 9), (3, 9)):  # padded, and with smaller windows
+            x = torch.randn(1, *grid, 8)
+            for block in blocks:
+                torch.testing.assert_close(block(x), literal(block, x), rtol=1e-4, atol=1e-5)
+    assert made.count("window_mask") == 2  # shifted and padded
+    assert made.count("relative_position_index") == 1
+    assert made.count("relative_coords_table") <= 1
+
+
+def test_a_large_mask_is_not_kept(monkeypatch):
+    made = []
+    monkeypatch.setattr(window, "window_mask", lambda *a: made.append(a) or window_mask(*a))
+    monkeypatch.setattr(window, "_MASKS", Constants(8, max_bytes=4 * 6 * 9**2 - 1))
+    module = attention(WindowAttention, (6, 6), 3, 1)
+    for grid in ((6, 6), (6, 6), (6, 7), (6, 7)):
+        module(torch.randn(1, *grid, 8))
+    assert [a[0] for a in made] == [(6, 6), (6, 7), (6, 7)]
+
+
+def test_no_sort_is_needed_for_the_gradient_of_the_bias_table():
+    """On a GPU that of advanced indexing is one."""
+    module = attention(WindowAttention, (6, 6), 3, 1)
+    table = module.relative_position_bias_table
+    bias, expected = module.relative_bias(3), table[module.relative_position_index]
+    torch.testing.assert_close(bias, expected.permute(2, 0, 1), rtol=0, atol=0)
+    direction = torch.randn_like(bias)
+    with Operators() as operators:
+        (gradient,) = torch.autograd.grad(bias, table, direction)
+    assert "index_add" in operators.names or "index_add_" in operators.names
+    (reference,) = torch.autograd.grad(expected.permute(2, 0, 1), table, direction)
+    torch.testing.assert_close(gradient, reference)
+
+
+def test_the_gradient_of_a_table_in_bfloat16_is_summed_in_float32():
+    module = attention(WindowAttention, (12, 12), 12, 0).bfloat16()
+    bias = module.relative_bias(12)
+    direction = torch.rand_like(bias)
+    (gradient,) = torch.autograd.grad(bias, module.relative_position_bias_table, direction)
+    wide = torch.zeros_like(gradient, dtype=torch.float64)
+    rows = direction.double().permute(1, 2, 0).flatten(0, 1)
+    wide.index_add_(0, module.relative_position_index.flatten(), rows)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient, wide.bfloat16(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
+def test_compiled_attention_is_one_graph_on_maps_of_its_own_size_and_others(cls):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    module = attention(cls, (6, 6), 4, 2)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=False)
+    for grid in ((6, 6), (7, 9), (6, 6), (7, 9)):
+        x = torch.randn(1, *grid, 8)
+        torch.testing.assert_close(compiled(x), module(x))
+        assert compiled(x).grad_fn is not None
+    assert len(graphs) == 2
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
