@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from utils.names import is_under, is_under_any
 from utils.spelling import nearest
 
+from .layers.eager import may_keep
 from .layers.token_maps import LastInputs
 
-# Last name components of constants of the architecture: recomputed, never taken from a file.
+# Last name components of constants of the architecture: recomputed, never taken from a file. The method
+# `constants` of the modules that have them makes them anew.
 CONSTANT_BUFFERS = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 # What stands for all parameters but the classifier's among the prefixes of `freeze`.
@@ -228,9 +230,9 @@ class Backbone(nn.Module):
     def token_maps(self) -> dict[str, Tensor]:
         """What an explanation tool draws of the last evaluation forward, by name; see each class.
 
-        There is nothing before a forward, on a copy, or after `train()` and `eval()` (EViT keeps its own
-        until the next evaluation); only learned filters need no forward. A training forward adds nothing.
-        Compiled, exported and traced forwards are not seen.
+        There is nothing before a forward, on a copy, or after `train()` and `eval()`; only learned filters
+        need no forward. A training forward adds nothing. Exported and traced forwards are not seen, nor are
+        compiled ones, except by grained queries, whose budget needs them.
 
         Attention is not kept, but computed here, in float32 at least, with the weights of the moment, from
         what the blocks under `watch` were given. Its names are `kind::path of the layer`:
@@ -256,7 +258,7 @@ class Backbone(nn.Module):
         """Let go of what `token_maps` would describe; together with those of the next batch they would raise
         the peak of memory.
         """
-        if not torch.compiler.is_compiling():
+        if may_keep():
             self._last_inputs.clear()
 
     def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
@@ -305,12 +307,12 @@ class Backbone(nn.Module):
 
     def remember(self, block: nn.Module, *inputs: Any) -> None:
         """Keep references to inputs of an evaluation forward that `block.mixing` takes, for `token_maps`."""
-        if not (self.training or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not self.training and may_keep():
             self._last_inputs.keep(block, inputs)
 
     def run_block(self, block: Callable[..., Any], *args: Any) -> Any:
         """`block(*args)`, recomputed in the backward pass when gradient checkpointing is on."""
-        if not torch.compiler.is_compiling() and block in self._watched:
+        if may_keep() and block in self._watched:
             self.remember(block, *args)
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             if torch.compiler.is_compiling():  # buffers change once there, and contexts are refused

@@ -14,23 +14,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .backbone import Backbone
 from .layers.activations import SiLU
 from .layers.batch_norm import BatchNorm2d
 from .layers.depthwise import DepthwiseConv2d
-from .layers.eager import in_pieces_if_idle
+from .layers.eager import in_pieces_if_idle, may_keep
 from .layers.init import init_vit_, new_classifier
 from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
 from .layers.mlp import Mlp
-from .layers.resize import resize_position_grid
+from .layers.precision import autocast_dtype
+from .layers.stages import (
+    AbsolutePositions,
+    StagePlan,
+    plan_stages,
+    set_stage_norms,
+    stage_prefixes,
+)
 from .layers.tokens import pad_to_multiple, space_to_depth
 from .layers.window import WindowAttention
 from .registry import register
-from .swin import StagePlan, plan_stages, set_stage_norms, stage_prefixes
 
 # Channels per hidden unit of the gate's channel branch.
 GATE_REDUCTION = 16
@@ -118,7 +124,7 @@ class Dane(nn.Module):
         weight = norm.weight * score.weight
         spatial = F.linear(y_hat, weight, F.linear(norm.bias, score.weight))  # B H W 1
         channel = self.fc_channel(x.mean((1, 2)))[:, None, None]  # B 1 1 C
-        if not self.training and not torch.compiler.is_compiling():
+        if not self.training and may_keep():
             self._parts = (spatial.detach(), channel.detach())
         return x.lerp(y, (spatial + channel).sigmoid().to(x.dtype))
 
@@ -151,6 +157,10 @@ class DFvTBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio, drop=drop)
         self.register_buffer("attn_mask", attn.shift_mask())
+
+    def constants(self) -> dict[str, Tensor | None]:
+        """The buffers that follow from the arguments, made anew."""
+        return {"attn_mask": self.attn.shift_mask()}
 
     def forward(self, x: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), self.attn_mask))
@@ -186,7 +196,7 @@ class AttentionLevel(nn.Module):
 
 
 @register("dfvt", node="DFvT")
-class DFvT(Backbone):
+class DFvT(AbsolutePositions, Backbone):
     """Doubly-Fused ViT.
 
     `forward_features` gives (B, H/32, W/32, C). Attention works at strides 8, 16, 32, 32; the maps
@@ -228,7 +238,7 @@ class DFvT(Backbone):
             )
         if embed_dim % 2:
             raise ValueError(f"MODEL.DFvT.EMBED_DIM={embed_dim} must be even: the stem halves it")
-        self.grid, plans = plan_stages(
+        grid, plans = plan_stages(
             img_size, patch_size, embed_dim, depths, num_heads, window_size, drop_path_rate
         )
         dims = [plan.dim for plan in plans]
@@ -239,13 +249,7 @@ class DFvT(Backbone):
         self.dense = num_classes == 0
 
         self.patch_embed = ConvStem(in_chans, embed_dim, patch_norm)
-        self.absolute_pos_embed = (
-            nn.Parameter(
-                trunc_normal_(torch.empty(1, self.grid[0] * self.grid[1], embed_dim), std=0.02)
-            )
-            if ape
-            else None
-        )
+        self.make_positions(grid, embed_dim, ape)
         self.pos_drop = nn.Dropout(drop_rate)
 
         def make_level(plan: StagePlan) -> AttentionLevel:
@@ -307,10 +311,7 @@ class DFvT(Backbone):
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H/4, W/4)."""
         x = self.run_block(self.patch_embed, x)
-        if self.absolute_pos_embed is not None:
-            size = (x.shape[2], x.shape[3])
-            embed = resize_position_grid(self.absolute_pos_embed, 0, self.grid, size)
-            x = x + embed.unflatten(1, size).permute(0, 3, 1, 2)
+        x = self.add_positions(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.pos_drop(x)
 
     def _level(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,7 +324,8 @@ class DFvT(Backbone):
             y = in_pieces_if_idle(self, mix, detail, detail.shape[1:].numel())
         x = (x + context).permute(0, 2, 3, 1)
         y = y.permute(0, 2, 3, 1).to(x.dtype)
-        y_hat = F.layer_norm(y, y.shape[-1:])  # shared by the gates of all blocks
+        # Shared by the gates of all blocks.
+        y_hat = F.layer_norm(y, y.shape[-1:]).to(autocast_dtype(y))
         for block in self.layers[i].blocks:
             x = self.run_block(block, x, y, y_hat)
         return x, detail
@@ -399,11 +401,6 @@ class DFvT(Backbone):
             prefixes[depth] += (f"convlayers.{i}", f"multiresolution_conv.{i}")
             depth += len(level.blocks)
         return prefixes
-
-    def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
-        if self.absolute_pos_embed is None:
-            return {}
-        return {"absolute_pos_embed": (0, self.grid, "bicubic")}
 
     def token_maps(self) -> dict[str, Tensor]:
         """Per level, how much of a token the last gate took from the convolutions: (B, H, W)."""

@@ -10,21 +10,26 @@ Shapes:     B batch, C channels, H/W map, E extra tokens, N = E + H*W tokens, R 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .layers.eager import may_keep
 from .layers.grained import GrainedQueries, Routing, ragged_attention
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_
 from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
 from .layers.spatial_reduction import SpatialReductionAttention
+from .layers.table_cache import Constants
 from .layers.tokens import Size
 from .pvt import PyramidTransformer, check_sr_ratios
 from .registry import register
 from .vit import VisionTransformer
+
+# What a query costs in each block, by numbers and device.
+_COLUMNS = Constants(limit=64)
 
 
 class Complexity(NamedTuple):
@@ -74,19 +79,22 @@ class GrainedBlock(nn.Module):
 
         return self.dge.ask(x, size, change)
 
-    def macs(self, inputs: int, queries: Tensor, counted_products: int) -> Tensor:
-        """Multiply-adds of the block for `inputs` tokens and (B,) queries, by the formula of the release."""
+    def macs(self, inputs: int, counted_products: int) -> tuple[float, float]:
+        """Multiply-adds of the block for `inputs` tokens, by the formula of the release.
+
+        Returns:
+            Those that any number of queries takes, and those of each query.
+        """
         dim, hidden = self.norm1.weight.numel(), self.mlp.fc1.out_features
         reduction = self.attn.reduction
         keys = inputs / reduction**2
-        attention = 2 * queries * dim**2 + 2 * keys * dim**2
-        attention = attention + counted_products * queries * keys * dim
-        attention = attention + 3 * queries * keys * self.attn.num_heads
+        shared = 2 * inputs * dim + 2 * keys * dim**2
         if reduction > 1:
-            attention = attention + inputs * dim**2 + keys * dim
-        mlp = 2 * queries * dim * hidden + queries * hidden
+            shared += inputs * dim**2 + keys * dim
         router = inputs / self.dge.region**2 * dim * (1 + len(self.dge.steps))
-        return 2 * inputs * dim + attention + mlp + router
+        attention = 2 * dim**2 + counted_products * keys * dim + 3 * keys * self.attn.num_heads
+        mlp = 2 * dim * hidden + hidden
+        return shared + router, attention + mlp
 
 
 @dataclass
@@ -114,12 +122,18 @@ class DynamicGrained:
     official_area: bool
     _last: _LastForward | None
 
+    def begin_record(self, images: Tensor) -> None:
+        """Forget the last forward pass: another one begins, of images (B, in_chans, H, W)."""
+        if may_keep(compiled=True):  # the budget is for compiled training too
+            self._last = _LastForward(images.shape, self.training)
+
     def run_grained(self, name: str, blocks: Iterable[nn.Module], x: Tensor, size: Size) -> Tensor:
         """Tokens (B, N, C) through the blocks `name`.0, `name`.1, ...; their routing is recorded."""
         extra = x.shape[1] - size[0] * size[1]
         for index, block in enumerate(blocks):
             x, routing = self.run_block(block, x, size)
-            self._last.blocks.append((f"{name}.{index}", routing, size, extra))
+            if may_keep(compiled=True):
+                self._last.blocks.append((f"{name}.{index}", routing, size, extra))
         return x
 
     def complexity(self) -> Complexity:
@@ -129,7 +143,7 @@ class DynamicGrained:
         embeddings, classifier. For counts of what really runs use `utils/complexity.py`.
 
         Raises:
-            RuntimeError: there was no forward pass.
+            RuntimeError: there was no forward pass since the last `train()` or `eval()`.
         """
         last = self._last
         if last is None:
@@ -137,17 +151,25 @@ class DynamicGrained:
         height, width = last.image_shape[2:]
         # The release takes H * W from axes 1 and 2 of (B, C, H, W), which changes the ratio slightly.
         area = last.image_shape[1] * height if self.official_area else height * width
-        fixed = self.fixed_macs(area)
-        static: Tensor | float = fixed
-        dynamic: Tensor | float = fixed
+        stages: dict[tuple[Size, int], list[tuple[GrainedBlock, Tensor]]] = {}
         for name, routing, size, extra in last.blocks:
             block = self.get_submodule(name)
+            stages.setdefault((size, extra), []).append((block, routing.gates))
+        # Few operators for all blocks: each is a launch in every training step, and computes next to nothing.
+        shared, of_all_tokens = self.fixed_macs(area), 0.0
+        queries, of_query = [], []
+        for (size, extra), members in stages.items():
+            blocks, gates = zip(*members, strict=True)
             inputs = extra + size[0] * size[1]
-            queries = block.dge.num_queries(routing.gates, size, extra).double()
-            dynamic = dynamic + block.macs(inputs, queries, self.counted_products)
-            every = torch.full_like(queries, inputs)
-            static = static + block.macs(inputs, every, self.counted_products)
-        return Complexity(static, dynamic)
+            for block in blocks:
+                of_any, of_each = block.macs(inputs, self.counted_products)
+                shared, of_all_tokens = shared + of_any, of_all_tokens + inputs * of_each
+                of_query.append(of_each)
+            counts = blocks[0].dge.num_queries(torch.cat(gates), size, extra)
+            queries.append(counts.view(len(blocks), len(gates[0])))
+        counts = torch.cat(queries).double()  # blocks, B
+        dynamic = (counts * _column(tuple(of_query), counts.device)).sum(0) + shared
+        return Complexity(torch.full_like(dynamic, shared + of_all_tokens), dynamic)
 
     def fixed_macs(self, area: int) -> float:
         """Multiply-adds outside the blocks, for images of `area` pixels."""
@@ -193,6 +215,10 @@ class DynamicGrained:
                 maps[f"grain::{name}.dge"] = logits.argmax(-1)
                 maps[f"gate_logits::{name}.dge"] = logits
         return maps
+
+    def train(self, mode: bool = True) -> Self:
+        self._last = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles do not need the last forward pass, and its graph cannot be copied.
@@ -262,7 +288,7 @@ class DeiTDGE(DynamicGrained, VisionTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, N, C), the class token first."""
-        self._last = _LastForward(x.shape, self.training)
+        self.begin_record(x)
         return self.norm(self.run_grained("blocks", self.blocks, self.embed(x), self.grid_of(x)))
 
     def fixed_macs(self, area: int) -> float:
@@ -333,7 +359,7 @@ class PVTDGE(DynamicGrained, PyramidTransformer):
         self._last = None
 
     def encode(self, x: Tensor) -> list[tuple[Tensor, Size]]:
-        self._last = _LastForward(x.shape, self.training)
+        self.begin_record(x)
         return super().encode(x)
 
     def run_stage(self, stage: int, x: Tensor, size: Size) -> Tensor:
@@ -353,6 +379,15 @@ class PVTDGE(DynamicGrained, PyramidTransformer):
     def no_weight_decay(self) -> set[str]:
         """The class token; the published runs decay the position tables, and so do we."""
         return {"cls_token"}
+
+
+def _column(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """(len(numbers), 1) double, copied to the device once: each copy to a GPU waits for it."""
+
+    def make() -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
+
+    return _COLUMNS.get((numbers, device), make)
 
 
 def _complexity_values(macs: Complexity) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers.attention import merge_heads, split_heads
+from .layers.eager import may_keep
 from .layers.precision import without_autocast
 from .registry import register
 from .vit import Block, VisionTransformer
@@ -184,7 +185,7 @@ class EViT(VisionTransformer):
             x, index = self.run_block(block, x, num_kept, self.fuse_token)
             if index is not None:
                 kept.append(index)
-        if not self.training and not torch.compiler.is_exporting():
+        if not self.training and may_keep():
             self._kept, self._last_grid = kept, grid
         return self.norm(x)
 
@@ -206,7 +207,7 @@ class EViT(VisionTransformer):
 
         `kept_idx_i` (B, m): kept tokens by decreasing score, as positions in the block's own sequence
         without the class token; `kept_mask_i` (B, h, w): True where an image's patch is still there. Where
-        nothing was dropped, the attention of `VisionTransformer`. Training changes none of the former.
+        nothing was dropped, the attention of `VisionTransformer`.
         """
         if not self._kept:
             return super().token_maps()
@@ -218,6 +219,10 @@ class EViT(VisionTransformer):
             mask = mask.scatter(1, patches % (height * width + 1), True)[:, :-1]
             maps[f"kept_mask_{i}"] = mask.unflatten(1, (height, width))
         return maps
+
+    def train(self, mode: bool = True) -> "EViT":
+        self._kept = []
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": []}  # a copy has had no forward pass

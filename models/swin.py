@@ -9,39 +9,28 @@ Shapes:     B batch, C channels, H/W map; maps are (B, H, W, C) from stem to hea
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .layers.init import drop_path_rates, init_vit_, new_classifier
+from .layers.init import init_vit_, new_classifier
 from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
 from .layers.mlp import Mlp
 from .layers.patch_embed import PatchEmbed
-from .layers.resize import resize_position_grid
-from .layers.tokens import space_to_depth, to_pair
+from .layers.stages import (
+    AbsolutePositions,
+    StagePlan,
+    plan_stages,
+    set_stage_norms,
+    stage_prefixes,
+)
+from .layers.tokens import space_to_depth
 from .layers.window import CosineWindowAttention, WindowAttention
 from .layers.window_mlp import WindowMlp
 from .registry import register
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What the blocks of one stage are built from.
-
-    Attributes:
-        grid: map size (H, W) at the built input size.
-        drop_paths: one rate per block.
-    """
-
-    index: int
-    dim: int
-    num_heads: int
-    grid: tuple[int, int]
-    drop_paths: list[float]
 
 
 class PatchMerging(nn.Module):
@@ -101,6 +90,10 @@ class SwinBlock(WindowBlock):
         super().__init__(dim, attn, mlp_ratio, drop, drop_path)
         self.register_buffer("attn_mask", attn.shift_mask())
 
+    def constants(self) -> dict[str, Tensor | None]:
+        """The buffers that follow from the arguments, made anew."""
+        return {"attn_mask": self.attn.shift_mask()}
+
     def mixing(self, x: Tensor) -> tuple[nn.Module, tuple[Tensor | None, ...]]:
         return self.attn, (self.norm1(x), self.attn_mask)
 
@@ -132,7 +125,7 @@ class SwinStage(nn.Module):
         self.downsample = downsample
 
 
-class SwinBackbone(Backbone):
+class SwinBackbone(AbsolutePositions, Backbone):
     """Stem, stages, norm and head, which the three architectures share.
 
     `forward_features` gives (B, H/32, W/32, C). `forward_pyramid` gives the output of each stage
@@ -181,12 +174,7 @@ class SwinBackbone(Backbone):
         self.patch_embed = PatchEmbed(
             in_chans, embed_dim, patch_size, norm_eps=1e-5 if patch_norm else None
         )
-        self.grid = grid
-        self.absolute_pos_embed = (
-            nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], embed_dim), std=0.02))
-            if ape
-            else None
-        )
+        self.make_positions(grid, embed_dim, ape)
         self.pos_drop = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(
             SwinStage(
@@ -230,11 +218,7 @@ class SwinBackbone(Backbone):
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H/4, W/4, C)."""
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-        if self.absolute_pos_embed is not None:
-            size = (x.shape[1], x.shape[2])
-            embed = resize_position_grid(self.absolute_pos_embed, 0, self.grid, size)
-            x = x + embed.unflatten(1, size)
-        return self.pos_drop(x)
+        return self.pos_drop(self.add_positions(x))
 
     @property
     def final_norm(self) -> nn.Module:
@@ -260,81 +244,11 @@ class SwinBackbone(Backbone):
             if name == "absolute_pos_embed" or any(key in name for key in self.no_decay_keywords)
         }
 
-    def position_tables(self) -> dict[str, tuple[int, tuple[int, int], str]]:
-        if self.absolute_pos_embed is None:
-            return {}
-        return {"absolute_pos_embed": (0, self.grid, "bicubic")}
-
     def dense_differences(self) -> tuple[str, ...]:
         return ("norm", "head", *(f"norm{i}" for i in range(len(self.layers))))
 
     def layer_prefixes(self) -> list[tuple[str, ...]]:
         return stage_prefixes(self.layers)
-
-
-def plan_stages(
-    img_size: int | Sequence[int],
-    patch_size: int,
-    embed_dim: int,
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    window_size: int,
-    drop_path_rate: float,
-) -> tuple[tuple[int, int], list[StagePlan]]:
-    """Check the hyper-parameters -> map size (H, W) after the stem, and one plan per stage.
-
-    Raises:
-        ValueError: lists of different lengths, or a width that its heads do not divide.
-    """
-    if len(depths) != len(num_heads) or not depths or min(depths) < 1:
-        raise ValueError(
-            f"DEPTHS={list(depths)} and NUM_HEADS={list(num_heads)} need one positive entry per stage"
-        )
-    if window_size < 1 or patch_size < 1:
-        raise ValueError(f"WINDOW_SIZE={window_size} and PATCH_SIZE={patch_size} must be positive")
-    height, width = to_pair(img_size)
-    grid = (-(-height // patch_size), -(-width // patch_size))
-    plans = []
-    for i, (heads, rates) in enumerate(
-        zip(num_heads, drop_path_rates(drop_path_rate, list(depths)), strict=True)
-    ):
-        dim = embed_dim * 2**i
-        if dim % heads:
-            raise ValueError(
-                f"NUM_HEADS[{i}]={heads} does not divide the width {dim} of stage {i} "
-                f"(EMBED_DIM={embed_dim} times {2**i})"
-            )
-        shrunk = (-(-grid[0] // 2**i), -(-grid[1] // 2**i))
-        plans.append(StagePlan(i, dim, heads, shrunk, rates))
-    return grid, plans
-
-
-def set_stage_norms(model: nn.Module, dims: Sequence[int], per_stage: bool) -> None:
-    """Give `model` one norm per stage, `norm0`, `norm1`, ..., or `norm` for the last stage only.
-
-    From one to the other the norm of the last stage keeps its weights, and the others are fresh.
-    """
-    names = [f"norm{i}" for i in range(len(dims))]
-    last = getattr(model, "norm", getattr(model, names[-1], None))
-    if last is None:
-        last = LayerNorm(dims[-1])
-    for name in {"norm", *names} & model._modules.keys():
-        delattr(model, name)
-    if not per_stage:
-        model.norm = last
-        return
-    for name, dim in zip(names[:-1], dims[:-1], strict=True):
-        model.add_module(name, LayerNorm(dim).to(last.weight))
-    model.add_module(names[-1], last)
-
-
-def stage_prefixes(layers: nn.ModuleList) -> list[tuple[str, ...]]:
-    """Depths for layer-wise decay: stem, then each block; `downsample` goes with the last one."""
-    prefixes: list[tuple[str, ...]] = [("patch_embed",)]
-    for i, stage in enumerate(layers):
-        prefixes += [(f"layers.{i}.blocks.{j}",) for j in range(len(stage.blocks))]
-        prefixes[-1] += (f"layers.{i}.downsample",)
-    return prefixes
 
 
 @register("swin", node="SWIN")

@@ -11,16 +11,39 @@ anchor nearest to a box to another box if it overlaps that one more.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from ..layers.table_cache import Constants
+
 # The largest factor by which a box grows, as in all these detectors.
 MAX_LOG_SCALE = math.log(1000 / 16)
 
 BACKGROUND, IGNORED = -1, -2  # what `match` says where there is no box
+
+# To copy a few numbers to a GPU waits for it.
+_NUMBERS = Constants(limit=64)
+
+
+class Part(NamedTuple):
+    """The valid anchors of a level: of each row of `width` anchors the first `columns`, in `rows` rows."""
+
+    rows: int
+    columns: int
+    width: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """What belongs to the level's anchors, (n, ...) -> to these, (rows * columns, ...)."""
+        rows = x[: self.rows * self.width].unflatten(0, (self.rows, self.width))
+        return rows[:, : self.columns].flatten(0, 1)
+
+    def in_level(self, index: Tensor) -> Tensor:
+        """Indices of these -> of all anchors of the level."""
+        skipped = self.width - self.columns
+        return index + index // self.columns * skipped if skipped else index
 
 
 class AnchorGrid:
@@ -58,7 +81,7 @@ class AnchorGrid:
         for stride, level in zip(self.strides, maps, strict=True):
             h, w = level.shape[-2:]
             like = dict(device=level.device, dtype=torch.float32)
-            half = torch.tensor(self.shapes, **like) * (stride / 2)
+            half = _numbers(self.shapes, **like) * (stride / 2)
             y, x = torch.meshgrid(
                 torch.arange(h, **like) * stride, torch.arange(w, **like) * stride, indexing="ij"
             )
@@ -72,10 +95,26 @@ class AnchorGrid:
         Only in what it would not be padded by alone: neither training nor evaluation reads the others, so
         that no image depends on the sizes of others in its batch.
         """
-        h, w = (math.ceil(side / self.multiple) * self.multiple for side in size)
+        h, w = self._padded(size)
         centres = (anchors[:, :2] + anchors[:, 2:]) / 2
         # Centres are whole numbers; half a pixel keeps clear of rounding.
         return (centres[:, 0] < w - 0.5) & (centres[:, 1] < h - 0.5)
+
+    def valid_parts(self, shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> list[Part]:
+        """What `is_valid` of the anchors of levels of `shapes` (h, w), known without asking the device."""
+        h, w = self._padded(size)
+        return [
+            Part(
+                min(rows, math.ceil(h / stride)),
+                min(columns, math.ceil(w / stride)) * self.num_anchors,
+                columns * self.num_anchors,
+            )
+            for stride, (rows, columns) in zip(self.strides, shapes, strict=True)
+        ]
+
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        h, w = (math.ceil(side / self.multiple) * self.multiple for side in size)
+        return h, w
 
 
 def flatten_level(x: Tensor, width: int) -> Tensor:
@@ -88,6 +127,11 @@ def image_sizes(images: Tensor, targets: list[dict[str, Any]] | None) -> list[tu
     if targets is None:
         return [(images.shape[-2], images.shape[-1])] * images.shape[0]
     return [(int(target["size"][0]), int(target["size"][1])) for target in targets]
+
+
+def map_shapes(maps: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Height and width of each map (B, C, h, w)."""
+    return [(x.shape[-2], x.shape[-1]) for x in maps]
 
 
 def match(
@@ -135,12 +179,13 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     centres, sides = _centres(boxes)
     from_centres, from_sides = _centres(anchors)
     deltas = torch.cat(((centres - from_centres) / from_sides, (sides / from_sides).log()), dim=-1)
-    return deltas * deltas.new_tensor(weights)
+    return deltas if _are_ones(weights) else deltas * _numbers_like(deltas, weights)
 
 
 def decode(deltas: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     """Inverse of `encode`: (..., 4) at anchors of a shape that broadcasts -> boxes (..., 4)."""
-    deltas = deltas / deltas.new_tensor(weights)
+    if not _are_ones(weights):
+        deltas = deltas / _numbers_like(deltas, weights)
     centres, sides = _centres(anchors)
     centres = centres + deltas[..., :2] * sides
     half = sides * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
@@ -170,19 +215,19 @@ def best_candidates(
     logits: Sequence[Tensor],
     deltas: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    valid: Sequence[Tensor],
+    valid: Sequence[Part],
     size: tuple[int, int],
     *,
     limit: int,
     threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The most probable boxes of each level of one image.
+    """The most probable boxes of each level of one image; waits for the device once, if `threshold` is 0.
 
     Args:
         logits: (n_l, K) per level, of classes that do not exclude one another.
         deltas: (n_l, 4) per level.
         anchors: (n_l, 4) per level.
-        valid: (n_l,) bool per level, anchors that may propose anything.
+        valid: per level, anchors that may propose anything.
         size: (h, w) that boxes are clipped to; those that are left without area are dropped.
         limit: candidates per level.
         threshold: probability that a candidate must exceed.
@@ -190,22 +235,29 @@ def best_candidates(
     Returns:
         boxes (n, 4), probabilities (n,), classes (n,) and levels (n,), not sorted.
     """
+    bound = _logit(threshold)
     found = []
-    for level, (logit, delta, anchor, ok) in enumerate(
+    for level, (logit, delta, anchor, part) in enumerate(
         zip(logits, deltas, anchors, valid, strict=True)
     ):
         num_classes = logit.shape[-1]
-        score = logit.masked_fill(~ok[:, None], -torch.inf).flatten()
-        (chosen,) = torch.where(score > _logit(threshold))
-        score, order = score[chosen].topk(min(limit, len(chosen)))
-        chosen = chosen[order]
-        position = chosen // num_classes
-        boxes = clip(decode(delta[position], anchor[position], (1.0,) * 4), size)
-        kept = has_area(boxes)
-        columns = (boxes, score.sigmoid(), chosen % num_classes, torch.full_like(chosen, level))
-        found.append([column[kept] for column in columns])
-    boxes, scores, classes, levels = (torch.cat(column) for column in zip(*found, strict=True))
-    return boxes, scores, classes, levels
+        score = part.of(logit).flatten()
+        if bound > -torch.inf:
+            (chosen,) = torch.where(score > bound)
+            score, order = score[chosen].topk(min(limit, len(chosen)))
+            chosen = chosen[order]
+        else:
+            # What is not above the bound comes last, as nan would not, and is dropped with what has no area.
+            score = score.nan_to_num(nan=bound, posinf=torch.inf, neginf=bound)
+            score, chosen = score.topk(min(limit, len(score)))
+        position = part.in_level(chosen // num_classes)
+        columns = (delta[position], anchor[position], score > bound, score.sigmoid())
+        found.append((*columns, chosen % num_classes, torch.full_like(chosen, level)))
+    delta, anchor, likely, *others = map(torch.cat, zip(*found, strict=True))
+    boxes = clip(decode(delta, anchor, (1.0,) * 4), size)
+    (kept,) = torch.where(has_area(boxes) & likely)
+    scores, classes, levels = (column[kept] for column in others)
+    return boxes[kept], scores, classes, levels
 
 
 def count_nan(outputs: Iterable[Tensor]) -> Tensor:
@@ -237,6 +289,21 @@ def check_overlaps(negative: float, positive: float, prefix: str = "") -> None:
             f"{prefix}NEGATIVE_IOU={negative} of the detection head must be at most "
             f"{prefix}POSITIVE_IOU={positive}: an anchor cannot be both background and an object"
         )
+
+
+def _are_ones(weights: Sequence[float]) -> bool:
+    return all(weight == 1 for weight in weights)
+
+
+def _numbers_like(x: Tensor, numbers: Sequence[float]) -> Tensor:
+    return _numbers(numbers, device=x.device, dtype=x.dtype)
+
+
+def _numbers(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`torch.tensor`, copied to the device once; must not be written to."""
+    numbers = tuple(numbers)
+    key = (numbers, device, dtype)
+    return _NUMBERS.get(key, lambda: torch.tensor(numbers, device=device, dtype=dtype))
 
 
 def _centres(boxes: Tensor) -> tuple[Tensor, Tensor]:

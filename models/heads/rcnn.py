@@ -33,6 +33,7 @@ from .boxes import (
     flatten_level,
     has_area,
     image_sizes,
+    map_shapes,
     match,
 )
 from .detector import DetectionHead
@@ -112,15 +113,16 @@ class ProposalNetwork(nn.Module):
         deltas: list[Tensor],
         anchors: list[Tensor],
         sizes: list[tuple[int, int]],
+        shapes: list[tuple[int, int]],
     ) -> list[Tensor]:
-        """Outputs of `forward` -> proposals (n, 4) per image, the most probable first."""
+        """Outputs of `forward` on levels of `shapes` (h, w) -> proposals (n, 4) per image, the best first."""
         proposals = []
         for i, size in enumerate(sizes):
             boxes, scores, _, levels = best_candidates(
                 [level[i].detach() for level in logits],
                 [level[i].detach() for level in deltas],
                 anchors,
-                [self.anchors.is_valid(level, size) for level in anchors],
+                self.anchors.valid_parts(shapes, size),
                 size,
                 limit=self.candidates[self.training],
             )
@@ -293,7 +295,7 @@ class TwoStageHead(DetectionHead):
             return self._counted(levels, logits, deltas)
         anchors = self.rpn.anchors(levels)
         sizes = image_sizes(images, targets)
-        proposals = self._propose(logits, deltas, anchors, sizes)
+        proposals = self._propose(logits, deltas, anchors, sizes, map_shapes(levels))
         if not self.training:
             detections = self._detect(levels, proposals, sizes)
             for i, found in enumerate(detections):
@@ -376,11 +378,12 @@ class TwoStageHead(DetectionHead):
         """Logits (n, K + 1) and deltas (n, K or 1, 4) of all samples -> losses over their number."""
         labels, truths = [], []
         for s, target in zip(samples, targets, strict=True):
-            positive = s.index >= 0
+            (positive,) = torch.where(s.index >= 0)  # of a mask each use would wait for the device
+            index = s.index[positive]
             label = torch.full_like(s.index, self.num_classes)
-            label[positive] = target["labels"][s.index[positive]]
+            label[positive] = target["labels"][index]
             labels.append(label)
-            truths.append(target["boxes"][s.index[positive]].float())
+            truths.append(target["boxes"][index].float())
         label = torch.cat(labels)
         (positive,) = torch.where(label < self.num_classes)
         boxes = torch.cat([s.boxes for s in samples])[positive]
@@ -399,7 +402,7 @@ class TwoStageHead(DetectionHead):
         targets: list[dict[str, Any]],
     ) -> Tensor:
         """Mean cross entropy of the positive samples' masks, each of the class of its ground truth."""
-        positive = [s.index >= 0 for s in samples]
+        positive = [torch.where(s.index >= 0)[0] for s in samples]
         boxes = [s.boxes[p] for s, p in zip(samples, positive, strict=True)]
         if not sum(len(b) for b in boxes):
             # Every parameter takes part in every step.
@@ -463,7 +466,7 @@ class TwoStageHead(DetectionHead):
         boxes = boxes.expand(-1, self.num_classes, 4)
         proposal, label = torch.where(scores[:, :-1] > self.score_threshold)
         boxes, scores = boxes[proposal, label], scores[proposal, label]
-        kept = has_area(boxes)
+        (kept,) = torch.where(has_area(boxes))
         boxes, scores, label = boxes[kept], scores[kept], label[kept]
         kept, scores = self.suppress(boxes, scores, label)
         return dict(boxes=boxes[kept], scores=scores, labels=label[kept])

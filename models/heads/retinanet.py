@@ -24,6 +24,7 @@ from .boxes import (
     encode,
     flatten_level,
     image_sizes,
+    map_shapes,
     match,
 )
 from .detector import DetectionHead
@@ -117,7 +118,7 @@ class RetinaNetHead(DetectionHead):
         anchors = self.anchors(levels)
         sizes = image_sizes(images, targets)
         if not self.training:
-            return self._detect(logits, deltas, anchors, sizes)
+            return self._detect(logits, deltas, anchors, sizes, map_shapes(levels))
         labels, wanted = self._assign(torch.cat(anchors), targets, sizes)
         with torch.autocast(images.device.type, enabled=False):
             return self._losses(torch.cat(logits, dim=1), torch.cat(deltas, dim=1), labels, wanted)
@@ -180,15 +181,16 @@ class RetinaNetHead(DetectionHead):
         deltas: list[Tensor],
         anchors: list[Tensor],
         sizes: list[tuple[int, int]],
+        shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Outputs (B, A_l, K) and (B, A_l, 4) per level -> detections of each image."""
+        """Outputs (B, A_l, K) and (B, A_l, 4) per level of `shapes` (h, w) -> detections of each image."""
         detections = []
         for i, size in enumerate(sizes):
             boxes, scores, labels, _ = best_candidates(
                 [level[i] for level in logits],
                 [level[i] for level in deltas],
                 anchors,
-                [self.anchors.is_valid(level, size) for level in anchors],
+                self.anchors.valid_parts(shapes, size),
                 size,
                 limit=self.candidates_per_level,
                 threshold=self.score_threshold,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .eager import eager_on_cpu, may_overwrite
+from .eager import eager_on_cpu, is_eager, may_overwrite
 
 # Consecutive values that stay in the caches from one pass to the next, 1 MiB of float32.
 _PIECE = 2**18
@@ -30,8 +30,10 @@ class StarReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Both scalars in the input's type: under autocast float32 ones would widen the whole map.
         scale, bias = self.scale.to(x.dtype), self.bias.to(x.dtype)
+        if x.dtype == torch.bfloat16 and is_eager(x) and torch.is_grad_enabled():
+            return _Bfloat16StarReLU.apply(x, scale, bias)
         if not eager_on_cpu(x) or x.dtype not in (torch.float32, torch.float64):
-            return torch.addcmul(bias, F.relu(x).square(), scale)
+            return _star_relu(x, scale, bias)
         if torch.is_grad_enabled():
             return _StarReLU.apply(x, scale, bias)
         y = F.relu(x, inplace=self.inplace)
@@ -64,6 +66,59 @@ class _StarReLU(torch.autograd.Function):
             grad_bias += of_y.sum()
             of_x.mul_(2 * scale.item())
         return grad_x, grad_scale, grad_bias
+
+
+def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return torch.addcmul(bias, _squared_relu(x), scale)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    y = F.relu(x)
+    # `square` is a power, which CUDA's autocast computes and returns in float32. bfloat16 has the range for a
+    # product instead; float16 ends at the square of 256.
+    return y * y if y.dtype == torch.bfloat16 else y.square()
+
+
+class _Bfloat16StarReLU(torch.autograd.Function):
+    """`_star_relu` in bfloat16; keeps x only, and not relu(x) and its square."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return _star_relu(x, scale, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        x, scale, _ = inputs
+        ctx.save_for_backward(x, scale)
+        ctx.save_for_forward(x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        need_x, need_scale, need_bias = ctx.needs_input_grad
+        y = F.relu(x)
+        grad_y = grad * y
+        grad_x = grad_y * (2 * scale) if need_x else None
+        grad_scale = _sum(grad_y * y, scale) if need_scale else None
+        return grad_x, grad_scale, _sum(grad, scale) if need_bias else None
+
+    @staticmethod
+    def jvp(ctx: Any, along_x: Any, along_scale: Any, along_bias: Any) -> Tensor:
+        x, scale = ctx.saved_tensors
+        y = F.relu(x)
+        along = torch.zeros_like(y)
+        if along_x is not None:
+            along = along + y * along_x * (2 * scale)
+        if along_scale is not None:
+            along = along + y * y * along_scale
+        return along if along_bias is None else along + along_bias
+
+
+def _sum(x: Tensor, like: Tensor) -> Tensor:
+    """The sum of all values, as a tensor like that of a scalar parameter."""
+    return x.sum().to(like.dtype).expand(like.shape)
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +154,7 @@ class SquaredReLU(nn.Module):
     """relu(x)^2."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        return _squared_relu(x)
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {

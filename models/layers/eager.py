@@ -30,6 +30,19 @@ def compiled_for_cpu(x: Tensor) -> bool:
     return compiled and x.device.type == "cpu"
 
 
+def may_keep(compiled: bool = False) -> bool:
+    """Whether a forward pass may keep on the model what it computes, for those who ask for it later.
+
+    Exported and traced passes have no numbers: what they would leave behind are stand-ins of an exporter.
+
+    Args:
+        compiled: keep it in compiled passes too, where it is one more output of the graph.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    return compiled or not torch.compiler.is_compiling()
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether `x` belongs to a transform such as `torch.vmap`, and has no memory of its own."""
     try:

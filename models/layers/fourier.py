@@ -267,7 +267,7 @@ def _filter_pieces(
 
 def _image_pieces(x: Tensor) -> Iterator[slice]:
     """Slices of the batch of (B, H, W, C) that stay in the caches."""
-    length = piece(x[0].numel())
+    length = piece(x.shape[1:].numel())
     return (slice(start, start + length) for start in range(0, len(x), length))
 
 

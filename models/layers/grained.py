@@ -90,6 +90,10 @@ class GrainedQueries(nn.Module):
         self.router = Router(dim, len(splits))
         self.register_load_state_dict_pre_hook(_check_splits)
 
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers that follow from the arguments, made anew."""
+        return {"splits": torch.tensor([self.region // step for step in self.steps])}
+
     def splits_problem(self, splits: Tensor) -> str:
         """Why weights whose buffer `splits` is this one do not fit; empty if they do."""
         theirs, ours = splits.tolist(), [self.region // step for step in self.steps]
@@ -291,10 +295,12 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) ->
         (L, C).
     """
     if lengths is not None and kernels.available(q, k.shape[-1]):
-        return kernels.ragged_attention(q, k, v, lengths)  # nothing waits for the device
+        # The lengths stay on the device. Who packed the rows has waited for it: `select` counts them.
+        return kernels.ragged_attention(q, k, v, lengths)
     rows = None if lengths is None else lengths.tolist()
-    if rows is None or len(set(rows)) == 1:
-        return _attend(q.unflatten(0, (k.shape[0], -1)), k, v).flatten(0, 1)
+    if rows is None or len(set(rows)) <= 1:
+        per_image = -1 if k.shape[0] else 0  # of no images any number would do
+        return _attend(q.unflatten(0, (k.shape[0], per_image)), k, v).flatten(0, 1)
     if splits_rows(q.device):
         images = zip(q.split(rows), k.split(1), v.split(1), strict=True)
         return torch.cat([_attend(part[None], *kv)[0] for part, *kv in images])

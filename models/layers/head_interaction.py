@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, merge_heads, split_heads
 from .layer_norm import LayerNorm
+from .precision import autocast_dtype
 from .token_maps import attention_received
 
 
@@ -66,10 +67,13 @@ class HIAttention(Attention):
         """Tokens (B, N, C) and a class token (B, 1, C) or None -> both, then the head tokens."""
         pooled = x.mean(dim=1, keepdim=True)
         if cls is None:
-            return torch.cat([x, self._head_tokens(pooled)], dim=1)
-        # The class token counts as one more.
-        pooled = pooled + (cls - pooled) / (x.shape[1] + 1)
-        return torch.cat([x, cls, self._head_tokens(pooled)], dim=1)
+            parts = [x, self._head_tokens(pooled)]
+        else:
+            # The class token counts as one more.
+            pooled = pooled + (cls - pooled) / (x.shape[1] + 1)
+            parts = [x, cls, self._head_tokens(pooled)]
+        dtype = autocast_dtype(x)
+        return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def _head_tokens(self, pooled: Tensor) -> Tensor:
         """Mean token (B, 1, C) -> head tokens (B, heads, C)."""

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import without_autocast
+from .table_cache import Constants
 
 # (positions, the model's grid) -> grid (h, w) that so many positions had in the file; ValueError if unknown.
 FileGrid = Callable[[int, tuple[int, int]], tuple[int, int]]
+
+_MATRICES = Constants(limit=64)
 
 
 @runtime_checkable
@@ -77,7 +80,7 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
     # filter, so that every forward pass can do it; half precision would blur the filters.
     with without_autocast(filters):
         rows, columns = (
-            _bicubic_matrix(old, size, filters.device).to(dtype)
+            _bicubic_matrix(old, size, filters.device, dtype)
             for old, size in zip(filters.shape[:2], new, strict=True)
         )
         grid = rows @ filters.to(dtype).flatten(1)
@@ -85,7 +88,12 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
         return grid.unflatten(2, (-1, 2)).to(filters.dtype)
 
 
-def _bicubic_matrix(old: int, new: int, device: torch.device) -> Tensor:
-    """(new, old): what bicubic interpolation with aligned corners does to each unit vector."""
-    units = torch.eye(old, device=device)[None, :, :, None]
-    return F.interpolate(units, (new, 1), mode="bicubic", align_corners=True)[0, :, :, 0].t()
+def _bicubic_matrix(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(new, old): what bicubic interpolation with aligned corners does to each unit vector; made once."""
+
+    def make() -> Tensor:
+        units = torch.eye(old, device=device)[None, :, :, None]
+        matrix = F.interpolate(units, (new, 1), mode="bicubic", align_corners=True)
+        return matrix[0, :, :, 0].t().to(dtype)
+
+    return _MATRICES.get((old, new, device, dtype), make)

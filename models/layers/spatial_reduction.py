@@ -7,6 +7,7 @@ from .attention import merge_heads, split_heads
 from .checks import check_heads
 from .layer_norm import LayerNorm
 from .linear import Linear
+from .precision import autocast_dtype
 from .token_maps import attention_received
 from .tokens import pad_to_multiple, to_map, to_tokens
 
@@ -44,6 +45,7 @@ class SpatialReductionAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = x.to(autocast_dtype(x))  # once for queries and keys
         (q,) = split_heads(self.q(x), self.num_heads, 1)
         k, v = self.keys_values(x, size)
         return self.project(merge_heads(F.scaled_dot_product_attention(q, k, v)))

@@ -1,24 +1,30 @@
 """Tables that are made once: those of sizes alone, and resized ones while nothing writes to their source."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .eager import is_transformed
+
 
 class Constants:
     """What depends on sizes, type and device alone, made once in a process.
 
-    Nothing is kept while a compiler records the operations, or of a fake or functional mode.
+    Nothing is kept while a compiler records the operations, nor of a fake or functional mode or a transform
+    such as `torch.func.grad`.
 
     Args:
         limit: where so many are kept, all are forgotten: many sizes come by in detection, and what is
             kept must be cheap to make again.
+        max_bytes: larger ones are not kept.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, max_bytes: float = math.inf):
         self._limit = limit
+        self._max_bytes = max_bytes
         self._kept: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, make: Callable[[], Tensor | tuple[Tensor, ...]]) -> Any:
@@ -31,11 +37,16 @@ class Constants:
         with torch.inference_mode(False), torch.no_grad():
             made = make()
         tensors = (made,) if isinstance(made, Tensor) else made
-        if all(type(tensor) is Tensor for tensor in tensors):
+        if all(self._may_keep(tensor) for tensor in tensors):
             if len(self._kept) >= self._limit:
                 self._kept.clear()
             self._kept[key] = made
         return made
+
+    def _may_keep(self, tensor: Tensor) -> bool:
+        if type(tensor) is not Tensor or is_transformed(tensor):
+            return False
+        return tensor.untyped_storage().nbytes() <= self._max_bytes
 
 
 class TableCache:

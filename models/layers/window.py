@@ -10,6 +10,7 @@ bias table resized.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from .biased_attention import biased_attention
 from .checks import check_heads
 from .linear import Linear, linear
 from .packed import PackedWeight, can_pack
-from .resize import resize_bias_table
+from .precision import autocast_dtype
+from .resize import precise_dtype, resize_bias_table
+from .table_cache import Constants
 from .token_maps import attention_probabilities
 from .window_partition import (
     effective_window,
@@ -32,8 +35,12 @@ from .window_partition import (
     window_reverse,
 )
 
-# The largest additive tensor in bytes that one block keeps between evaluation forwards.
+# The largest additive tensor in bytes that one block keeps between evaluation forwards, and the largest mask
+# that all blocks share.
 CACHE_LIMIT = 32 * 2**20
+
+# Four stages have two masks each: that of shifted windows, and that of padding.
+_TABLES, _MASKS = Constants(limit=16), Constants(limit=8, max_bytes=CACHE_LIMIT)
 
 
 class Windowed(nn.Module):
@@ -110,8 +117,13 @@ class Windowed(nn.Module):
         window, shift = self.windows_on(self.grid)
         return window_mask(self.grid, window, shift) if shift and not self.fixed_windows else None
 
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers that follow from the arguments, made anew."""
+        return {"relative_position_index": relative_position_index(self.window)}
+
     def forward(self, x: Tensor, shift_mask: Tensor | None = None) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C); `shift_mask` is a kept copy of `self.shift_mask()`."""
+        x = x.to(autocast_dtype(x))  # before it is padded and cut, not after
         grid = (x.shape[1], x.shape[2])
         window, shift = self.windows_on(grid)
         padded = any(side % window for side in grid) and not self.fixed_windows
@@ -161,8 +173,11 @@ class Windowed(nn.Module):
         """What relative positions add to the logits of windows of side `window`: (h, N, N)."""
         table, index = self.bias_table(window), self.relative_position_index
         if window != self.window:
-            index = relative_position_index(window, table.device)
-        return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+            index = _once(relative_position_index, window, table.device)
+        # Not `table[index]`: the gradient of that is a sort on a GPU, and takes longer on a CPU too. The sums
+        # of this one are in the table's type, of which half precision is too coarse.
+        bias = table.to(precise_dtype(table)).index_select(0, index.flatten())
+        return bias.unflatten(0, index.shape).permute(2, 0, 1)
 
     def _additive(
         self, grid: tuple[int, int], masked: bool, mask: Tensor | None, like: Tensor
@@ -197,7 +212,8 @@ class Windowed(nn.Module):
         bias = self.relative_bias(window)
         if masked:
             if mask is None:
-                mask = window_mask(grid, window, shift, not self.fixed_windows, like.device)
+                where = (grid, window, shift, not self.fixed_windows, like.device)
+                mask = _once(window_mask, *where, kept=_MASKS)
             bias = (bias + mask[:, None]).flatten(0, 1)
         bias = bias.to(like.dtype)
         if like.is_cuda:
@@ -298,13 +314,17 @@ class CosineWindowAttention(Windowed):
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
 
+    def constants(self) -> dict[str, Tensor]:
+        table = relative_coords_table(self.window, self.pretrained_window)
+        return super().constants() | {"relative_coords_table": table}
+
     def bias_sources(self) -> list[Tensor]:
         return list(self.cpb_mlp.parameters())
 
     def bias_table(self, window: int) -> Tensor:
         coords = self.relative_coords_table
         if window != self.window:
-            coords = relative_coords_table(window, self.pretrained_window, coords.device)
+            coords = _once(relative_coords_table, window, self.pretrained_window, coords.device)
         table = self.cpb_mlp(coords.to(self.cpb_mlp[0].weight.dtype))
         return 16 * table.flatten(0, 2).sigmoid()
 
@@ -320,3 +340,8 @@ class CosineWindowAttention(Windowed):
         # Under autocast the norms are float32; the kernel wants one dtype.
         q = (F.normalize(q, dim=-1) * scale).to(v.dtype)
         return q, F.normalize(k, dim=-1).to(v.dtype), v
+
+
+def _once(make: Callable[..., Tensor], *args: Any, kept: Constants = _TABLES) -> Tensor:
+    """`make(*args)`, computed once for all blocks."""
+    return kept.get((make, *args), lambda: make(*args))

@@ -82,8 +82,9 @@ def mix_windows(x: Tensor, weight: Tensor, bias: Tensor, window: int, shifted: b
     area = window**2
     weight, bias = weight.view(-1, area, area), bias.view(-1, area)  # h N N, h N
     start = window - window // 2 if shifted and min(x.shape[1:3]) > window > 1 else 0
+    x = x.to(autocast_dtype(x))  # before it is padded and cut, not after
     if is_eager(x) and torch.is_grad_enabled():
-        return _MixWindows.apply(x.to(autocast_dtype(x)), weight, bias, window, start)
+        return _MixWindows.apply(x, weight, bias, window, start)
     return _mix(x, weight, bias, window, start)
 
 

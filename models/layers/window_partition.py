@@ -7,14 +7,16 @@ Shapes:     B batch, C channels, H/W map, w window side, N = w*w tokens of a win
 Maps that are no multiple of the window are padded at the right and the bottom.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Added to the logits of keys in another region of a shifted window; finite in the released models.
 OTHER_REGION = -100.0
+
+# Added to the logits of padded keys, whose weight is then 0. Finite, because masks are in the state dict, and
+# moving averages, timm's for one, make NaN of two times -inf.
+PADDING = -1e30
 
 
 def effective_window(window_size: int, shift: int, grid: tuple[int, int]) -> tuple[int, int]:
@@ -56,7 +58,7 @@ def window_mask(
     """What is added to the logits of each window: (n, N, N), float32.
 
     0 where query and key come from one region of the map, `OTHER_REGION` where the cyclic shift
-    brought them together, -inf at padded keys (every window has a real one, and every query sees it).
+    brought them together, `PADDING` at padded keys (every window has a real one, and every query sees it).
     """
     regions, padding = [], []
     for size in grid:
@@ -69,7 +71,7 @@ def window_mask(
     mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, OTHER_REGION)
     if hide_padding:
         padded = _partition_labels(padding[0][:, None] | padding[1], window)
-        mask = mask.masked_fill(padded[:, None, :], -math.inf)
+        mask = mask.masked_fill(padded[:, None, :], PADDING)
     return mask
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.attention import Attention, merge_heads, split_heads
+from ..layers.eager import may_keep
 from ..layers.grained import GrainedQueries, Routing, coarser_cells, ragged_attention
 from ..layers.head_interaction import HIAttention
 from ..layers.linear import linear
@@ -96,7 +97,7 @@ class KeptTokens(_Steps):
         kept = self.choose(normed, k, size)  # B m
         rows = kept[..., None].expand(-1, -1, tokens.shape[2])
         changed = update(tokens.gather(1, rows), partial(self.attend, k=k, v=v))
-        if not self.training and not _becomes_a_file():
+        if not self.training and may_keep():
             mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device)
             self._kept = mask.scatter(1, kept, True).unflatten(1, size)
         return tokens.to(changed.dtype).scatter(1, rows, changed).unflatten(1, size)
@@ -127,6 +128,13 @@ class KeptTokens(_Steps):
     def token_map(self) -> Tensor | None:
         """(B, H, W), True where the last evaluation forward ran the block."""
         return self._kept
+
+    def train(self, mode: bool = True) -> "KeptTokens":
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # a copy has had no forward pass
 
 
 def check_keep_rate(keep_rate: float) -> float:
@@ -188,7 +196,7 @@ class GrainedMixer(_Steps):
             return update(rows, mix) - rows
 
         tokens, routing = self.dge.ask(tokens, size, change)
-        if not _becomes_a_file():
+        if may_keep(compiled=True):  # the budget is for compiled training too
             self._last = (routing, size, self.training)
         return tokens.unflatten(1, size)
 
@@ -205,6 +213,10 @@ class GrainedMixer(_Steps):
         if self._last is None or self._last[2]:
             return None
         return self._last[0].logits.detach().argmax(-1)
+
+    def train(self, mode: bool = True) -> "GrainedMixer":
+        self._last = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles do not need the last forward pass, and its graph cannot be copied.
@@ -236,8 +248,3 @@ class GrainedHeadTokenAttention(GrainedMixer, SplitHeadTokenAttention):
 
 class GrainedReducedAttention(GrainedMixer, SpatialReductionAttention):
     """Spatial-reduction attention with grained queries."""
-
-
-def _becomes_a_file() -> bool:
-    """Whether this forward pass is only traced for an exporter: what it computes is no number to keep."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -7,7 +7,8 @@ against the annotations, their ranges by the constructor, whose ValueError is pa
 may have
 
 - `init_()`: its own start, called after the frame has initialised all Linear and convolutions;
-- `token_map() -> Tensor | None`: what explanation tools draw of the last evaluation forward, kept by itself;
+- `token_map() -> Tensor | None`: what explanation tools draw of the last evaluation forward, kept by itself
+  until the next `train()` or `eval()`, and not on copies;
 - `attention_maps(x) -> dict[str, Tensor]`: kind -> what it attends to with such an input, kept by the frame;
 - `aux_losses() -> dict[str, Tensor]`: weighted losses of the last training forward, by name.
 """

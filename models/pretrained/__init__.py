@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -66,7 +67,8 @@ def load_pretrained(
     one of ours with the same head, but for layers with a row per class where the classes are others.
 
     Args:
-        model: may be wrapped (DDP, torch.compile); one on the meta device takes the file's own tensors.
+        model: may be wrapped (DDP, torch.compile); one on the meta device takes the file's own tensors, and
+            makes its constants. What else the file lacks stays there, such as a classifier of other classes.
         source: a file, an http(s) URL, or the content of a file.
         name: what messages call the source; its path if empty.
         allow_partial: tolerate missing and unexpected names and, for those, other shapes.
@@ -155,8 +157,21 @@ def load_pretrained(
     fitting = {k: weights[k] for k in own.keys() & weights.keys()}
     on_meta = any(tensor.is_meta for tensor in own.values())
     model.load_state_dict(fitting, strict=False, assign=on_meta)
+    if on_meta:
+        _make_buffers(model, next((t.device for t in fitting.values()), torch.device("cpu")))
     _LOG.info("%s", report)
     return report
+
+
+def _make_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give a model from the meta device what it knows without a file: constants, and counters from 0."""
+    for module in model.modules():
+        with device:
+            made = module.constants() if hasattr(module, "constants") else {}
+            made = {"num_batches_tracked": torch.tensor(0), **made}
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and name in made:
+                setattr(module, name, made[name])
 
 
 def _is_constant(name: str) -> bool:
