@@ -24,9 +24,18 @@ def eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_eager(x)
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, also in code that PyTorch 2.11 compiles, where it is always True.
+
+    A compiler runs this for a constant, unless it comes upon it between two graphs: then it compiles it too.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def compiled_for_cpu(x: Tensor) -> bool:
     """Whether a compiler, and no exporter, makes code of what is done with `x` on a CPU."""
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiled = torch.compiler.is_compiling() and not is_exporting()
     return compiled and x.device.type == "cpu"
 
 
@@ -38,7 +47,7 @@ def may_keep(compiled: bool = False) -> bool:
     Args:
         compiled: keep it in compiled passes too, where it is one more output of the graph.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting() or torch.jit.is_tracing():
         return False
     return compiled or not torch.compiler.is_compiling()
 

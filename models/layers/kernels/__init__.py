@@ -12,6 +12,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..eager import is_exporting
+
 __all__ = [
     "HAS_TRITON",
     "MAX_ROW",
@@ -50,7 +52,7 @@ def available(x: Tensor, head_dim: int = 0) -> bool:
         and x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and head_dim * x.dtype.itemsize <= MAX_ROW
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not torch.jit.is_tracing()
         and _knows(x.device)
     )

@@ -76,7 +76,10 @@ def test_without_triton_the_package_imports_and_offers_nothing(value, enabled, m
     monkeypatch.delenv("MIXLAB_KERNELS", raising=False)
     if value is not None:
         monkeypatch.setenv("MIXLAB_KERNELS", value)
-    spec = importlib.util.spec_from_file_location("kernels_without_triton", kernels.__file__)
+    name = "models.layers.kernels_without_triton"
+    spec = importlib.util.spec_from_file_location(
+        name, kernels.__file__, submodule_search_locations=[]
+    )
     package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
     assert not package.HAS_TRITON
