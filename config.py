@@ -10,7 +10,7 @@ are not listed: they are the keyword arguments of the architecture's constructor
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from models import registry
 from models.heads import find_head, head_entries
 from models.layers.tokens import to_pair
 from utils import config_rules as rules
+from utils.names import leaves
 from utils.sharding import check_sharding
 from utils.spelling import nearest
 from utils.wrappers import CUDA_GRAPH_MODES
@@ -436,7 +437,7 @@ def output_dir(config: CfgNode) -> Path:
 
 def all_keys() -> list[str]:
     """Every config key with its full path, sorted."""
-    return sorted(_leaves(_C))
+    return sorted(key for key, _ in leaves(_C))
 
 
 def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
@@ -464,18 +465,8 @@ def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     for parent in parents:
         if parent:
             _merge_file(config, path.parent / parent, (*chain, path.resolve()))
-    for key, value in _leaves(content):
+    for key, value in leaves(content):
         _set(config, key, value, str(path))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[Any]:
-    """Full keys of a CfgNode, or (full key, value) pairs of a plain dict of YAML."""
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key if isinstance(tree, CfgNode) else (key, value)
 
 
 def _check_range(key: str, value: Any) -> None:

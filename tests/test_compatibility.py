@@ -6,6 +6,7 @@ import yaml
 from config import load_config
 from models import registry
 from utils.arguments import FLAGS, parse_args
+from utils.names import leaves
 
 # Swin's config.py (f82860b): every key that it shares with ours, with its default.
 SWIN = yaml.safe_load("""
@@ -107,20 +108,6 @@ FLAG_VALUES = {
 }
 
 
-def leaves(tree, prefix=""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def read(config, key):
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
 @pytest.fixture
 def empty(tmp_path):
     path = tmp_path / "empty.yaml"
@@ -130,7 +117,7 @@ def empty(tmp_path):
 
 @pytest.mark.parametrize(("key", "default"), list(leaves(SWIN)), ids=str)
 def test_every_key_of_swin_has_its_default(key, default, empty):
-    assert read(load_config(empty), key) == default
+    assert dict(leaves(load_config(empty)))[key] == default
 
 
 def test_number_of_classes_is_left_to_the_data(empty):

@@ -27,6 +27,7 @@ from optimizer import build_optimizer
 from tests.golden_tools import SkipInit
 from tests.small_models import SMALL
 from utils.distributed import Runtime
+from utils.names import leaves
 
 ALONE = Runtime(0, 1, 0, torch.device("cpu"))
 BASE = CONFIG_DIR / "_base_"
@@ -191,21 +192,6 @@ FAMILY_FILES = sorted(
 OF_THE_VARIANT = {"MODEL.TYPE", "MODEL.NAME", "MODEL.DROP_PATH_RATE", "TAG"}
 
 
-def value(config, key):
-    for name in key.split("."):
-        config = config[name]
-    return config
-
-
-def leaves(tree, prefix=""):
-    """(full key, value) of nested dicts."""
-    for name, entry in tree.items():
-        if isinstance(entry, dict):
-            yield from leaves(entry, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", entry
-
-
 def keys_set_by(path):
     """All keys that a file and its BASE files set."""
     files = (path, *bases_of(path))
@@ -250,7 +236,8 @@ def build_on_meta(config):
 def test_a_recipe_is_the_published_one(name):
     config = load_config(BASE / f"{name}.yaml")
     images, expected = PUBLISHED[name]
-    assert {key: value(config, key) for key in expected} == expected
+    found = dict(leaves(config))
+    assert {key: found[key] for key in expected} == expected
     step = config.DATA.BATCH_SIZE * config.PLAN.WORLD_SIZE * config.TRAIN.ACCUMULATION_STEPS
     assert step == images
     assert config.TRAIN.LR_SCALING == "none"
@@ -289,12 +276,10 @@ def test_nothing_of_a_classification_recipe_is_left(name):
 )
 def test_training_does_not_depend_on_what_stood_before(name, before, tmp_path):
     recipe = BASE / f"{name}.yaml"
-    alone = load_config(with_base(tmp_path, recipe))
+    own = dict(leaves(load_config(with_base(tmp_path, recipe))))
     both = load_config(with_base(tmp_path, CONFIG_DIR / before, recipe))
     differing = {
-        key
-        for key, entry in leaves(both)
-        if entry != value(alone, key) and not is_the_architectures(key)
+        key for key, entry in leaves(both) if entry != own[key] and not is_the_architectures(key)
     }
     assert differing <= OF_THE_VARIANT | {"DATA.DOMAINNET.DOMAINS"}
 
@@ -338,10 +323,11 @@ def test_the_rates_of_segmentation_follow_their_powers():
 def test_an_experiment_trains_as_its_recipe_says(path):
     (recipe,) = [base for base in read(path)["BASE"] if "_base_" in base]
     config, alone = load_config(path), load_config(path.parent / recipe)
+    own = dict(leaves(alone))
     differing = {
         key: entry
         for key, entry in leaves(config)
-        if entry != value(alone, key) and not is_the_architectures(key)
+        if entry != own[key] and not is_the_architectures(key)
     }
     # DFFormer's filters are stored for a square; DFvT suppresses softly in its base model only.
     allowed = OF_THE_VARIANT | {"DATA.IMG_SIZE", "MODEL.HEAD.MASK_RCNN.SOFT_NMS"}

@@ -37,6 +37,7 @@ from modes.build import build_placed, known_classes  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.arguments import parse_args  # noqa: E402
 from utils.checkpoint import load_file  # noqa: E402
+from utils.names import leaves  # noqa: E402
 from utils.plotting import read_metrics  # noqa: E402
 from utils.tables import write_rows  # noqa: E402
 
@@ -220,7 +221,7 @@ def _check_folder(point: Point) -> None:
     if not saved.is_file() or not (point.folder / "checkpoints" / "last.pth").is_file():
         return
     texts = (saved.read_text(encoding="utf-8"), dump(point.config))
-    there, here = (_leaves(yaml.safe_load(text)) for text in texts)
+    there, here = (dict(leaves(yaml.safe_load(text))) for text in texts)
     differing = [
         f"{key} ({there[key]!r} there, {here[key]!r} here)"
         for key in sorted(there.keys() & here.keys() - set(NEUTRAL))
@@ -231,15 +232,6 @@ def _check_folder(point: Point) -> None:
             f"{point.folder} has a run of other settings: {', '.join(differing[:5])}. Give these ones "
             "another place: --output DIR, or --tag NAME after --"
         )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested sections by their full keys."""
-    found = {}
-    for name, value in tree.items():
-        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-        found |= inner or {f"{prefix}{name}": value}
-    return found
 
 
 def run_points(points: Sequence[Point], folder: Path) -> list[dict[str, Any]]:

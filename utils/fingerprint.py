@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ def _cpu_name() -> str:
     return info["model name"] + family
 
 
+@cache
 def git_revision() -> str | None:
-    """Commit of this source tree, with -dirty if it is modified; None if it is no git checkout."""
+    """Commit of this source tree, with -dirty if it is modified; None if it is no git checkout.
+
+    Asked once: what runs is what was there when the process began.
+    """
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(

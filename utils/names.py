@@ -1,6 +1,7 @@
-"""Dotted names of modules and parameters."""
+"""Dotted names: of modules and parameters, and of the values in nested sections."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 def is_under(name: str, prefix: str) -> bool:
@@ -11,3 +12,12 @@ def is_under(name: str, prefix: str) -> bool:
 def is_under_any(name: str, prefixes: Iterable[str]) -> bool:
     """Whether `name` is that of one of `prefixes`, or of something in it."""
     return any(is_under(name, prefix) for prefix in prefixes)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full name, value) of what nested dicts hold, a CfgNode's too: `{"A": {"B": 1}}` -> `("A.B", 1)`."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
