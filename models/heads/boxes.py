@@ -171,6 +171,20 @@ def match(
     return torch.where(valid, matched, IGNORED)
 
 
+def sample(matched: Tensor, batch: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices of a random choice of positives and background among `matched` (n,), as of `match`.
+
+    At most `batch` in all and that fraction positive; where positives are missing, background fills up.
+    """
+    (positive,) = torch.where(matched >= 0)
+    (negative,) = torch.where(matched == BACKGROUND)
+    num_positive = min(len(positive), int(batch * positive_fraction))
+    num_negative = min(len(negative), batch - num_positive)
+    positive = positive[torch.randperm(len(positive), device=matched.device)[:num_positive]]
+    negative = negative[torch.randperm(len(negative), device=matched.device)[:num_negative]]
+    return positive, negative
+
+
 def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
     """What a detector has to predict at `anchors` (n, 4) for `boxes` (n, 4) -> (n, 4).
 

@@ -1,12 +1,10 @@
-"""Faster and Mask R-CNN: proposals from anchors, then a closer look at each.
+"""Faster and Mask R-CNN: proposals, then a closer look at each.
 
 Papers:     arXiv:1506.01497 (Faster R-CNN), arXiv:1612.03144 (with a feature pyramid), arXiv:1703.06870
             (Mask R-CNN)
 Reference:  mmdet 2, configs/_base_/models/mask_rcnn_r50_fpn.py, which the published recipes started from
-Deviations: from torchvision's `RegionProposalNetwork` and `RoIHeads`, whose convolutional parts are used here
-            without their bookkeeping: L1 instead of smooth L1 losses, RoIAlign moved by half a pixel
-            ("aligned"), anchors in the padding ignored, mask targets rounded; see `boxes.py` for anchors and
-            matching. As in mmdet the background is the last class, so labels are 0 ... K-1 everywhere.
+Deviations: from torchvision's `RoIHeads`: L1 instead of smooth L1 losses, and those of `proposals.py` and
+            `roi.py`. As in mmdet the background is the last class, so labels are 0 ... K-1 everywhere.
 """
 
 from collections.abc import Sequence
@@ -16,34 +14,25 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import roi_align
 
 from .boxes import (
-    BACKGROUND,
-    AnchorGrid,
-    best_candidates,
-    check_overlaps,
     clip,
     count_nan,
     decode,
     encode,
-    flatten_level,
     has_area,
     image_sizes,
     map_shapes,
     match,
+    sample,
 )
 from .detector import DetectionHead
-from .nms import Suppression
+from .proposals import ProposalNetwork
 from .registry import register_head
+from .roi import BoxHead, MaskHead, mask_targets, pool
 
 # What detection papers count: so many proposals and detections, whatever the image holds.
 COUNTED_PROPOSALS, COUNTED_DETECTIONS = 1000, 100
-
-NO_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -68,134 +57,6 @@ class Sampled:
     boxes: Tensor
     index: Tensor
     is_truth: Tensor
-
-
-class ProposalNetwork(nn.Module):
-    """Where there is any object, from all levels of a pyramid; see `TwoStageHead` for the arguments."""
-
-    def __init__(
-        self,
-        channels: int,
-        anchors: AnchorGrid,
-        *,
-        num_convs: int,
-        positive_iou: float,
-        negative_iou: float,
-        batch: int,
-        positive_fraction: float,
-        candidates: tuple[int, int],
-        proposals: tuple[int, int],
-        nms_threshold: float,
-        smooth_l1_beta: float,
-    ) -> None:
-        super().__init__()
-        self.anchors = anchors
-        self.smooth_l1_beta = smooth_l1_beta
-        self.head = RPNHead(channels, anchors.num_anchors, num_convs)
-        check_overlaps(negative_iou, positive_iou, "RPN_")
-        self.positive_iou, self.negative_iou = positive_iou, negative_iou
-        self.batch, self.positive_fraction = batch, positive_fraction
-        self.candidates = dict(zip((True, False), candidates, strict=True))
-        self.suppress = {
-            training: Suppression(nms_threshold, limit)
-            for training, limit in zip((True, False), proposals, strict=True)
-        }
-
-    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Levels (B, C, h, w) -> logits (B, A_l, 1) and deltas (B, A_l, 4) per level, float32."""
-        logits, deltas = self.head(levels)
-        return [flatten_level(x, 1) for x in logits], [flatten_level(x, 4) for x in deltas]
-
-    @torch.no_grad()
-    def propose(
-        self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        anchors: list[Tensor],
-        sizes: list[tuple[int, int]],
-        shapes: list[tuple[int, int]],
-    ) -> list[Tensor]:
-        """Outputs of `forward` on levels of `shapes` (h, w) -> proposals (n, 4) per image, the best first."""
-        proposals = []
-        for i, size in enumerate(sizes):
-            boxes, scores, _, levels = best_candidates(
-                [level[i].detach() for level in logits],
-                [level[i].detach() for level in deltas],
-                anchors,
-                self.anchors.valid_parts(shapes, size),
-                size,
-                limit=self.candidates[self.training],
-            )
-            kept, _ = self.suppress[self.training](boxes, scores, levels)
-            proposals.append(boxes[kept])
-        return proposals
-
-    def losses(
-        self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        anchors: list[Tensor],
-        targets: list[dict[str, Any]],
-        sizes: list[tuple[int, int]],
-    ) -> dict[str, Tensor]:
-        """Outputs of `forward` -> "rpn_cls" and "rpn_box", both over the number of sampled anchors."""
-        all_anchors, all_logits = torch.cat(anchors), torch.cat(logits, dim=1)[..., 0]
-        all_deltas = torch.cat(deltas, dim=1)
-        cls, box, count = all_logits.sum() * 0, all_deltas.sum() * 0, 0
-        for i, (target, size) in enumerate(zip(targets, sizes, strict=True)):
-            matched = match(
-                target["boxes"],
-                all_anchors,
-                positive=self.positive_iou,
-                negative=self.negative_iou,
-                low_quality=self.negative_iou,
-                valid=self.anchors.is_valid(all_anchors, size),
-            )
-            found, empty = sample(matched, self.batch, self.positive_fraction)
-            chosen = torch.cat((found, empty))
-            truth = (matched[chosen] >= 0).float()
-            cls = cls + F.binary_cross_entropy_with_logits(
-                all_logits[i, chosen], truth, reduction="sum"
-            )
-            wanted = encode(target["boxes"][matched[found]].float(), all_anchors[found], NO_WEIGHTS)
-            box = box + F.smooth_l1_loss(
-                all_deltas[i, found], wanted, reduction="sum", beta=self.smooth_l1_beta
-            )
-            count += len(chosen)
-        return {"rpn_cls": cls / max(1, count), "rpn_box": box / max(1, count)}
-
-
-class BoxHead(nn.Module):
-    """Two shared layers, then classes (the last one background) and box deltas of pooled features."""
-
-    def __init__(
-        self, channels: int, size: int, fc_dim: int, num_classes: int, class_agnostic: bool
-    ) -> None:
-        super().__init__()
-        self.shared = TwoMLPHead(channels * size**2, fc_dim)
-        self.cls = nn.Linear(fc_dim, num_classes + 1)
-        self.box = nn.Linear(fc_dim, 4 if class_agnostic else 4 * num_classes)
-        for layer in (self.shared.fc6, self.shared.fc7):
-            nn.init.xavier_uniform_(layer.weight)
-        nn.init.normal_(self.cls.weight, std=0.01)
-        nn.init.normal_(self.box.weight, std=0.001)
-        for layer in (self.shared.fc6, self.shared.fc7, self.cls, self.box):
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, C, size, size) -> logits (n, K + 1) and deltas (n, K or 1, 4), float32."""
-        x = self.shared(x)
-        return self.cls(x).float(), self.box(x).float().unflatten(1, (-1, 4))
-
-
-class MaskHead(nn.Sequential):
-    """Four convolutions, twice the resolution, and one mask per class: (n, C, s, s) -> (n, K, 2s, 2s)."""
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__(
-            MaskRCNNHeads(channels, [channels] * 4, dilation=1),
-            MaskRCNNPredictor(channels, channels, num_classes),
-        )
 
 
 class TwoStageHead(DetectionHead):
@@ -496,48 +357,3 @@ class MaskRCNNHead(FasterRCNNHead):
     """Mask R-CNN: Faster R-CNN with a mask per class and box."""
 
     needs_masks = True
-
-
-def sample(matched: Tensor, batch: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices of a random choice of positives and background among `matched` (n,), as of `match`.
-
-    At most `batch` in all and that fraction positive; where positives are missing, background fills up.
-    """
-    (positive,) = torch.where(matched >= 0)
-    (negative,) = torch.where(matched == BACKGROUND)
-    num_positive = min(len(positive), int(batch * positive_fraction))
-    num_negative = min(len(negative), batch - num_positive)
-    positive = positive[torch.randperm(len(positive), device=matched.device)[:num_positive]]
-    negative = negative[torch.randperm(len(negative), device=matched.device)[:num_negative]]
-    return positive, negative
-
-
-def pool(
-    levels: Sequence[Tensor],
-    strides: Sequence[int],
-    boxes: Sequence[Tensor],
-    size: int,
-    sampling: int = 0,
-) -> Tensor:
-    """RoIAlign of boxes (n_i, 4) per image, each from one level (B, C, h, w) -> (sum of n_i, C, size, size).
-
-    A box of 14 strides (56 pixels at stride 4) or less reads the finest level, one twice as large the next
-    (arXiv:1612.03144, Eq. 1: 224 pixels at stride 16).
-    """
-    index = [torch.full((len(b), 1), i, device=b.device) for i, b in enumerate(boxes)]
-    rois = torch.cat((torch.cat(index), torch.cat(list(boxes)).float()), dim=1)  # (n, 5)
-    side = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
-    level = (side / (14 * strides[0]) + 1e-6).log2().floor().clamp(0, len(levels) - 1)
-    pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
-    for i, (x, stride) in enumerate(zip(levels, strides, strict=True)):
-        (chosen,) = torch.where(level == i)
-        found = roi_align(x.float(), rois[chosen], size, 1 / stride, sampling, aligned=True)
-        pooled.index_copy_(0, chosen, found.to(pooled.dtype))
-    return pooled
-
-
-def mask_targets(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Masks (m, H, W) bool, number `index` (n,) cut out by boxes (n, 4) -> (n, size, size) of 0.0 and 1.0."""
-    rois = torch.cat((index[:, None].to(boxes), boxes), dim=1)
-    found = roi_align(masks[:, None].to(boxes), rois, size, aligned=True)
-    return (found[:, 0] >= 0.5).float()

@@ -1,4 +1,4 @@
-"""Anchors, matching, encoding and candidates against tables and slow literal loops."""
+"""Anchors, matching, sampling, encoding and candidates against tables and slow literal loops."""
 
 import math
 
@@ -19,6 +19,7 @@ from models.heads.boxes import (
     image_sizes,
     map_shapes,
     match,
+    sample,
 )
 from tests.operators import Operators
 
@@ -234,3 +235,29 @@ def test_more_maps_than_there_are_or_none_are_refused(num_maps):
     features = [dict(channels=8, stride=4 * 2**i) for i in range(4)]
     with pytest.raises(ValueError, match=rf"NUM_MAPS={num_maps} .* 1 to 4"):
         first_map(features, num_maps)
+
+
+@pytest.mark.parametrize(
+    ("positives", "background", "expected"),
+    [(50, 200, (8, 24)), (3, 200, (3, 29)), (50, 10, (8, 10)), (0, 0, (0, 0))],
+)
+def test_sampling_fills_up_with_background(positives, background, expected):
+    matched = torch.cat(
+        (
+            torch.arange(positives) % 5,
+            torch.full((background,), BACKGROUND),
+            torch.full((40,), IGNORED),
+        )
+    )
+    matched = matched[torch.randperm(len(matched))]
+    found, empty = sample(matched, 32, 0.25)
+    assert (len(found), len(empty)) == expected
+    assert (matched[found] >= 0).all()
+    assert (matched[empty] == BACKGROUND).all()
+    assert len(torch.cat((found, empty)).unique()) == sum(expected)
+
+
+def test_sampling_is_random():
+    matched = torch.zeros(100, dtype=torch.int64)
+    first, second = sample(matched, 40, 0.5)[0], sample(matched, 40, 0.5)[0]
+    assert set(first.tolist()) != set(second.tolist())

@@ -1,4 +1,4 @@
-"""Parts of the two-stage detectors: sampling, pooling, mask targets, and losses against literal loops."""
+"""Two-stage detectors: their losses against literal loops, and what they sample and propose."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models.heads.boxes import BACKGROUND, IGNORED, encode, map_shapes, match
-from models.heads.rcnn import FasterRCNNHead, MaskRCNNHead, Sampled, mask_targets, pool, sample
+from models.heads.rcnn import FasterRCNNHead, MaskRCNNHead, Sampled
+from models.heads.roi import mask_targets, pool
 from tests.operators import Operators
 
 FEATURES = [dict(channels=8 * 2**i, stride=4 * 2**i) for i in range(4)]
@@ -25,76 +26,6 @@ def target(boxes: list[list[float]], labels: list[int], size=(64, 96)) -> dict:
         labels=torch.tensor(labels, dtype=torch.int64),
         size=size,
     )
-
-
-@pytest.mark.parametrize(
-    ("positives", "background", "expected"),
-    [(50, 200, (8, 24)), (3, 200, (3, 29)), (50, 10, (8, 10)), (0, 0, (0, 0))],
-)
-def test_sampling_fills_up_with_background(positives, background, expected):
-    matched = torch.cat(
-        (
-            torch.arange(positives) % 5,
-            torch.full((background,), BACKGROUND),
-            torch.full((40,), IGNORED),
-        )
-    )
-    matched = matched[torch.randperm(len(matched))]
-    found, empty = sample(matched, 32, 0.25)
-    assert (len(found), len(empty)) == expected
-    assert (matched[found] >= 0).all()
-    assert (matched[empty] == BACKGROUND).all()
-    assert len(torch.cat((found, empty)).unique()) == sum(expected)
-
-
-def test_sampling_is_random():
-    matched = torch.zeros(100, dtype=torch.int64)
-    first, second = sample(matched, 40, 0.5)[0], sample(matched, 40, 0.5)[0]
-    assert set(first.tolist()) != set(second.tolist())
-
-
-@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16)])
-def test_pooled_coordinates_are_the_boxes_own_at_every_level(strides):
-    """Maps that hold x, y and the level's number at the centre of each pixel of the image."""
-    side = 1024
-    levels = []
-    for number, stride in enumerate(strides):
-        centre = (torch.arange(side // stride) + 0.5) * stride
-        y, x = torch.meshgrid(centre, centre, indexing="ij")
-        level = torch.stack((x, y, torch.full_like(x, number)))
-        levels.append(torch.stack((level, level + 10_000)))  # the second image's are told apart
-    sides = torch.tensor([20.0, 111, 113, 223, 225, 447, 449, 900])
-    corner = torch.tensor([64.0, 56.0])
-    boxes = torch.cat((corner.expand(8, 2), corner + sides[:, None]), dim=1)
-    pooled = pool(levels, strides, [boxes, boxes[:3]], 7)
-    assert pooled.shape == (11, 3, 7, 7)
-    step = (torch.arange(7) + 0.5) / 7
-    for i, (box, length) in enumerate(zip(boxes[:, :2], sides, strict=True)):
-        x = (box[0] + step * length).expand(7, 7)
-        y = (box[1] + step * length)[:, None].expand(7, 7)
-        torch.testing.assert_close(pooled[i, :2], torch.stack((x, y)), rtol=0, atol=0.1)
-        level = max(0, min(len(strides) - 1, math.floor(math.log2(length / (14 * strides[0])))))
-        torch.testing.assert_close(pooled[i, 2], torch.full((7, 7), float(level)))
-    torch.testing.assert_close(pooled[8:], pooled[:3] + 10_000)
-
-
-def test_pooling_nothing_gives_nothing():
-    levels = [torch.rand(1, 3, 8, 8, requires_grad=True)]
-    pooled = pool(levels, [4], [torch.zeros(0, 4)], 7)
-    assert pooled.shape == (0, 3, 7, 7)
-
-
-def test_mask_targets_are_the_masks_within_the_boxes():
-    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
-    masks[0, 10:30, 20:40] = True
-    masks[1, :, 30:] = True
-    boxes = torch.tensor([[20.0, 10, 40, 30], [20, 10, 60, 30], [20, 0, 40, 40], [0, 0, 10, 10]])
-    found = mask_targets(masks, torch.tensor([0, 0, 1, 1]), boxes, 28)
-    half = torch.zeros(28, 28)
-    half[:, :14] = 1
-    assert found.shape == (4, 28, 28)
-    for part, expected in zip(found, [torch.ones(28, 28), half, 1 - half, half * 0], strict=True):
-        assert torch.equal(part, expected)
 
 
 def test_proposal_losses_equal_a_literal_loop():
