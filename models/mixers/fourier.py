@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..layers.activations import StarReLU, made_inplace
 from ..layers.checks import hidden_width
 from ..layers.eager import in_pieces_if_idle
-from ..layers.fourier import fourier_filter, quad_table, spectral_mlp
+from ..layers.fourier import fourier_filter, spectral_mlp
 from ..layers.linear import Linear
 from ..layers.mlp import Mlp
+from ..layers.quads import quad_table
 from ..layers.resize import resize_complex_filter
 from ..layers.table_cache import TableCache
 from .registry import register_mixer

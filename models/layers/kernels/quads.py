@@ -1,4 +1,4 @@
-"""Complex filters on the quads of maps in one pass over them; see `models/layers/fourier.py`.
+"""Complex filters on the quads of maps in one pass over them; see `models/layers/quads.py`.
 
 On quads a filter is a real 4 x 4 matrix of four numbers S1, S2, D1, D2 per pair of frequencies. With
 routing, the filter of a channel is a bank's filters weighted by that channel's routing: a program makes

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.layers import eager, fourier
-from models.layers.fourier import FOURIER_WAYS, fourier_filter, quad_table, spectral_mlp
+from models.layers.fourier import FOURIER_WAYS, fourier_filter, spectral_mlp
+from models.layers.quads import filter_quads, from_quads, quad_table, to_quads
 from models.layers.resize import resize_complex_filter
 from models.mixers.fourier import AFNO, DynamicFilter, GlobalFilter
 from tests.reference.fourier_filter import filtered
@@ -57,9 +58,7 @@ def test_matrix_products_equal_the_fft_in_float32(size, bank):
 @pytest.mark.parametrize("bank", [None, 4])
 def test_pieces_of_a_batch_equal_the_plain_operations(bank, piece, monkeypatch):
     x, filters, routing = inputs = tensors((6, 7), bank=bank, batch=5)
-    plain = fourier._from_quads(
-        fourier._filter_quads(fourier._quads(x), quad_table(filters), routing), (6, 7)
-    )
+    plain = from_quads(filter_quads(to_quads(x), quad_table(filters), routing), (6, 7))
     monkeypatch.setattr(eager, "PIECE", piece)
     out = fourier_filter(*inputs, "matmul")
     assert_equal([out], [plain], 1e-12)
@@ -115,7 +114,7 @@ class TestChoice:
             return run
 
         monkeypatch.setattr(fourier, "_filter_by_fft", stub("fft"))
-        monkeypatch.setattr(fourier, "_filter_by_matmul", stub("matmul"))
+        monkeypatch.setattr(fourier, "filter_by_quads", stub("matmul"))
         monkeypatch.setattr(fourier, "_clock", lambda device: now[0])
         return ways
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models.layers import fourier, kernels
+from models.layers import kernels, quads
 from models.layers.dilated import DilatedAttention
+from models.layers.fourier import fourier_filter
 from models.layers.grained import ragged_attention
 from tests.models.layers.kernels.tools import assert_close
 
@@ -39,12 +40,12 @@ def test_dilated_attention_uses_its_kernel(compare, device):
 
 @pytest.mark.parametrize("num_filters", [3, None])
 def test_fourier_filters_use_their_kernel(num_filters, compare, monkeypatch):
-    monkeypatch.setattr(fourier, "eager_on_cpu", lambda x: False)
+    monkeypatch.setattr(quads, "eager_on_cpu", lambda x: False)
     inputs = [torch.randn(2, 5, 6, 8), torch.randn(5, 4, num_filters or 8, 2)]
     if num_filters:
         inputs.append(torch.randn(2, num_filters, 8))
     compare(
-        lambda x, filters, routing=None: fourier.fourier_filter(x, filters, routing, "matmul"),
+        lambda x, filters, routing=None: fourier_filter(x, filters, routing, "matmul"),
         inputs,
         "filter_quads",
     )
