@@ -5,6 +5,7 @@ What was loaded, resized, remapped and left out is reported; what does not fit i
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ _LOG = logging.getLogger(__name__)
 
 # Last name components of buffers that a file may lack: the model's own are as good.
 _OPTIONAL = ("num_batches_tracked", "splits")
+
+
+@dataclass
+class _Misfits:
+    """Tensors of a file that the model cannot take: what is wrong by name, and the reasons, each once."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def explain(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
 
 
 def load_pretrained(
@@ -83,21 +96,13 @@ def load_pretrained(
             shapes do not fit; never loads a part before it raises.
     """
     model = unwrap(model)
-    if isinstance(source, Mapping):
-        content = source
-    else:
-        content = load_file(fetch(str(source)))
-        name = name or str(source)
-    name = name or "the given state"
+    content, name = _read(source, name)
     weights, where = find_weights(content, use_ema, name)
     report = LoadReport(f"{name}{where}")
     backbone = backbone_in(model)
     own = {n: t for n, t in model.state_dict().items() if not _is_constant(n)}
-    weights = {
-        n: t
-        for n, t in strip_prefixes(weights, own, name, keep_backbone=backbone is not None).items()
-        if not _is_constant(n)
-    }
+    weights = strip_prefixes(weights, own, name, keep_backbone=backbone is not None)
+    weights = {n: t for n, t in weights.items() if not _is_constant(n)}
     if backbone is not None:
         weights = placed_in_dense(weights, report)
     if own and not weights.keys() & own.keys():
@@ -112,13 +117,51 @@ def load_pretrained(
         if new_head:
             remap_classifier(weights, own, head, report)
         head_problem = replace_classifier(weights, own, head, report)
-    misfits, reasons = _refuse_splits(model, weights)
+    misfits = _Misfits()
+    _refuse_splits(model, weights, misfits)
+    _fit_shapes(model, weights, own, _image_size(content), resize, new_head, report, misfits)
+    _compare_names(weights, own, report, dense=backbone is not None)
+    head_problem = "" if new_head else head_problem
+    differences = dense_differences(model, backbone)
+    _refuse_misfits(report, misfits, allow_partial, head_problem, differences)
+    # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
+    fitting = {k: weights[k] for k in own.keys() & weights.keys()}
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    model.load_state_dict(fitting, strict=False, assign=on_meta)
+    if on_meta:
+        _make_buffers(model, next((t.device for t in fitting.values()), torch.device("cpu")))
+    _LOG.info("%s", report)
+    return report
+
+
+def _read(source: str | Path | Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str]:
+    """The content of `source`, and what messages call it."""
+    if isinstance(source, Mapping):
+        return source, name or "the given state"
+    return load_file(fetch(str(source))), name or str(source)
+
+
+def _fit_shapes(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    image: tuple[int, int] | None,
+    resize: bool,
+    new_head: bool,
+    report: LoadReport,
+    misfits: _Misfits,
+) -> None:
+    """Give tensors of `weights` the shapes of `own`; what cannot have it leaves them for `misfits`.
+
+    Args:
+        image: size that the weights were trained at, where the file says so.
+        resize, new_head: as in `load_pretrained`.
+    """
     stem = first_conv(model)
-    image = _image_size(content)
     grids = model.position_tables() if isinstance(model, Backbone) else {}
     for key in sorted(weights.keys() & own.keys()):
-        old, new = weights[key], own[key]
-        shapes = (tuple(old.shape), tuple(new.shape))
+        old = weights[key]
+        shapes = (tuple(old.shape), tuple(own[key].shape))
         owner = model.get_submodule(key.rpartition(".")[0])
         adapted = None
         if new_head and stem in own and shapes[0] != shapes[1]:
@@ -131,36 +174,29 @@ def load_pretrained(
             table = resized(owner, key, old, shapes[1], grids.get(key), image)
         except ValueError as error:
             table = None
-            if resize and str(error) not in reasons:
-                reasons.append(str(error))
+            if resize:
+                misfits.explain(str(error))
         if table is old:
             continue
         if table is not None and resize:
             weights[key] = table
             report.resized[key] = shapes
         else:
-            misfits[key] = f"{key} {shapes[0]} instead of {shapes[1]}"
+            misfits.names[key] = f"{key} {shapes[0]} instead of {shapes[1]}"
             del weights[key]
-    fresh_head = set(report.head_replaced)
+
+
+def _compare_names(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], report: LoadReport, dense: bool
+) -> None:
+    """Tell `report` which names are in both, in the model only and in the file only."""
     optional = {name for name in own if name.rsplit(".", 1)[-1] in _OPTIONAL}
-    report.missing = sorted(own.keys() - weights.keys() - fresh_head - optional)
-    if backbone is not None:
-        fresh = own.keys() - weights.keys() - optional
-        report.fresh_head = sorted(n for n in fresh if is_under_any(n, DENSE_PARTS))
+    lacking = own.keys() - weights.keys() - optional
+    report.missing = sorted(lacking - set(report.head_replaced))
+    if dense:
+        report.fresh_head = sorted(name for name in lacking if is_under_any(name, DENSE_PARTS))
     report.unexpected = sorted(weights.keys() - own.keys())
     report.loaded = len(own.keys() & weights.keys())
-    head_problem = "" if new_head else head_problem
-    _refuse_misfits(
-        report, misfits, reasons, allow_partial, head_problem, dense_differences(model, backbone)
-    )
-    # Strictness is settled above; the constants that a backbone keeps by itself are not in `weights`.
-    fitting = {k: weights[k] for k in own.keys() & weights.keys()}
-    on_meta = any(tensor.is_meta for tensor in own.values())
-    model.load_state_dict(fitting, strict=False, assign=on_meta)
-    if on_meta:
-        _make_buffers(model, next((t.device for t in fitting.values()), torch.device("cpu")))
-    _LOG.info("%s", report)
-    return report
 
 
 def _make_buffers(model: nn.Module, device: torch.device) -> None:
@@ -178,22 +214,17 @@ def _is_constant(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in CONSTANT_BUFFERS
 
 
-def _refuse_splits(
-    model: nn.Module, weights: dict[str, Tensor]
-) -> tuple[dict[str, str], list[str]]:
+def _refuse_splits(model: nn.Module, weights: dict[str, Tensor], misfits: _Misfits) -> None:
     """Take out of `weights` the routers that choose among other granularities, and say why."""
-    misfits, reasons = {}, []
     for path, module in model.named_modules():
         splits = weights.get(f"{path}.splits")
         if not isinstance(module, GrainedQueries) or splits is None:
             continue
         if problem := module.splits_problem(splits):
             for name in [name for name in weights if is_under_any(name, [path])]:
-                misfits[name] = f"{name} of SPLITS={splits.tolist()}"
+                misfits.names[name] = f"{name} of SPLITS={splits.tolist()}"
                 del weights[name]
-            if problem not in reasons:
-                reasons.append(problem)
-    return misfits, reasons
+            misfits.explain(problem)
 
 
 def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -208,8 +239,7 @@ def _image_size(content: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _refuse_misfits(
     report: LoadReport,
-    misfits: Mapping[str, str],
-    reasons: Iterable[str],
+    misfits: _Misfits,
     allow_partial: bool,
     head_problem: str,
     differences: Iterable[str] = (),
@@ -219,12 +249,12 @@ def _refuse_misfits(
     Names under the prefixes `differences` may be on one side only.
     """
     problems = []
-    if misfits and not allow_partial:
-        problems += [f"other shapes: {short(misfits.values())}", *reasons]
+    if misfits.names and not allow_partial:
+        problems += [f"other shapes: {short(misfits.names.values())}", *misfits.reasons]
     missing = [
         name
         for name in report.missing
-        if name not in misfits and not is_under_any(name, differences)
+        if name not in misfits.names and not is_under_any(name, differences)
     ]
     unexpected = [name for name in report.unexpected if not is_under_any(name, differences)]
     if missing and not allow_partial:
@@ -244,5 +274,7 @@ def _refuse_misfits(
         problems.append(head_problem)
     if problems:
         raise ValueError(f"{report.source} does not fit the model; {'; '.join(problems)}{advice}")
-    if misfits and not report.loaded:
-        raise ValueError(f"{report.source}: no tensor fits the model; {short(misfits.values())}")
+    if misfits.names and not report.loaded:
+        raise ValueError(
+            f"{report.source}: no tensor fits the model; {short(misfits.names.values())}"
+        )
