@@ -52,6 +52,11 @@ def may_keep(compiled: bool = False) -> bool:
     return compiled or not torch.compiler.is_compiling()
 
 
+def is_captured(x: Tensor) -> bool:
+    """Whether `x` was made for a CUDA graph: it has no numbers before a replay, and new ones after each."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether `x` belongs to a transform such as `torch.vmap`, and has no memory of its own."""
     try:

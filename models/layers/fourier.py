@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .eager import is_eager
+from .eager import is_captured, is_eager
 from .precision import without_autocast
 from .quads import filter_by_quads, from_real_spectrum, quad_table, real_spectrum
 
@@ -153,7 +153,7 @@ def _choose(x: Tensor, run: Callable[[str], Tensor]) -> str:
     size = tuple(x.shape[1:3])
     key = (size, x[:, 0, 0].numel().bit_length(), x.dtype, x.device, torch.get_num_threads())
     if key not in _CHOICES:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(x):
             return way
         _CHOICES[key] = _faster(way, x, run)
     return _CHOICES[key]

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eager import is_transformed
+from .eager import is_captured, is_transformed
 
 
 class Constants:
     """What depends on sizes, type and device alone, made once in a process.
 
-    Nothing is kept while a compiler records the operations, nor of a fake or functional mode or a transform
-    such as `torch.func.grad`.
+    Nothing is kept while a compiler or a CUDA graph records the operations, nor of a fake or functional mode
+    or a transform such as `torch.func.grad`.
 
     Args:
         limit: where so many are kept, all are forgotten: many sizes come by in detection, and what is
@@ -44,7 +44,7 @@ class Constants:
         return made
 
     def _may_keep(self, tensor: Tensor) -> bool:
-        if type(tensor) is not Tensor or is_transformed(tensor):
+        if type(tensor) is not Tensor or is_transformed(tensor) or is_captured(tensor):
             return False
         return tensor.untyped_storage().nbytes() <= self._max_bytes
 
@@ -63,7 +63,8 @@ class TableCache:
     ) -> Tensor:
         """`resize(table)`, computed or kept; `name` and `size` must determine what `resize` does.
 
-        Nothing is kept where the table needs a gradient, or where the compiler records the operations.
+        Nothing is kept where the table needs a gradient, or where a compiler or a CUDA graph records the
+        operations.
         """
         learns = table.requires_grad and torch.is_grad_enabled()
         if torch.compiler.is_compiling() or learns or table.is_inference():
@@ -72,7 +73,8 @@ class TableCache:
         if entry is None or not _is_current(entry, table, size):
             with torch.inference_mode(False), torch.no_grad():
                 entry = (size, table._version, table.detach(), resize(table))
-            self._entries[name] = entry
+            if not is_captured(entry[3]):
+                self._entries[name] = entry
         return entry[3]
 
     def clear(self) -> None:

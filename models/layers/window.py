@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .biased_attention import biased_attention
 from .checks import check_heads
+from .eager import is_captured
 from .linear import Linear, linear
 from .packed import PackedWeight, can_pack
 from .precision import autocast_dtype
@@ -197,8 +198,9 @@ class Windowed(nn.Module):
         if kept is not None and kept[0] == key:
             return kept[1]
         bias = self._build_additive(grid, masked, mask, like)
-        # Only plain tensors: those of a fake or functional mode must not outlive it.
+        # Only plain tensors: those of a fake or functional mode or of a CUDA graph must not outlive it.
         fits = type(bias) is Tensor and bias.numel() * bias.element_size() <= CACHE_LIMIT
+        fits = fits and not is_captured(bias)
         # The sources stay alive, so that no other table can come to lie at their addresses.
         alive = [tensor.detach() for tensor in sources]
         self._cache = (key, bias, alive) if fits else None
@@ -215,6 +217,9 @@ class Windowed(nn.Module):
                 where = (grid, window, shift, not self.fixed_windows, like.device)
                 mask = _once(window_mask, *where, kept=_MASKS)
             bias = (bias + mask[:, None]).flatten(0, 1)
+        if like.dtype == torch.float16:
+            # `PADDING` would be -inf, and a block of such keys nan in some fused kernels.
+            bias = bias.clamp(min=torch.finfo(torch.float16).min)
         bias = bias.to(like.dtype)
         if like.is_cuda:
             # Rows of a multiple of 16 elements; otherwise the fused kernel copies them at each call.

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.layers import resize
+from models.layers import resize, table_cache
 from models.layers.resize import resize_complex_filter
-from models.layers.table_cache import Constants
+from models.layers.table_cache import Constants, TableCache
 from tests.operators import Operators
 
 
@@ -47,6 +47,18 @@ def test_what_a_transform_makes_is_not_kept():
     assert table.data_ptr()
     function(x.requires_grad_()).backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_what_a_cuda_graph_records_is_not_kept(monkeypatch):
+    """A capture is a stand-in: where no GPU is, there is none."""
+    constants, cache, table = Constants(limit=9), TableCache(), torch.ones(2)
+    for captured in (True, False):
+        monkeypatch.setattr(table_cache, "is_captured", lambda _, now=captured: now)
+        pairs = [
+            [constants.get("table", lambda: torch.arange(3)) for _ in range(2)],
+            [cache.get("table", table, (2, 1), torch.clone) for _ in range(2)],
+        ]
+        assert [first is second for first, second in pairs] == [not captured] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

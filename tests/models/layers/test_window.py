@@ -144,6 +144,17 @@ def test_attention_in_bfloat16_stays_close_to_loops_in_float32(cls, case):
         assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
+def test_the_mask_of_padding_is_finite_in_float16():
+    module = attention(WindowAttention, (6, 6), 4, 2)
+    x = torch.randn(2, 6, 5, 8)
+    expected = module.eval()(x)
+    module.half()
+    q = torch.empty(0, dtype=torch.float16)
+    assert module._build_additive((6, 5), True, None, q).isfinite().all()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x.half()).float(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_attention_works_under_autocast():
     for cls in (WindowAttention, CosineWindowAttention):
         module = attention(cls, (6, 6), 3, 1)
@@ -254,6 +265,7 @@ def test_a_bias_kept_under_inference_mode_does_not_break_training():
 @pytest.mark.parametrize("cls", [WindowAttention, CosineWindowAttention])
 def test_blocks_of_a_stage_share_mask_and_tables_in_training(cls, monkeypatch):
     made = []
+    monkeypatch.setattr(window, "_MASKS", Constants(8))
     for name in ("window_mask", "relative_position_index", "relative_coords_table"):
         make = getattr(window, name)
         monkeypatch.setattr(window, name, lambda *a, f=make: made.append(f.__name__) or f(*a))
