@@ -69,7 +69,8 @@ class MapAttention(Attention):
 def split_heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
     """(B, N, parts * C) -> `parts` tensors (B, heads, N, C / heads); channels part by part."""
     x = x.unflatten(-1, (parts, num_heads, -1))  # B N parts h d
-    return x.permute(2, 0, 3, 1, 4).unbind(0)
+    # Unbound where they lie: the gradient then is one copy, not two.
+    return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
 
 def merge_heads(x: Tensor) -> Tensor:

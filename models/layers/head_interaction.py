@@ -45,10 +45,11 @@ class HIAttention(Attention):
         dropout = self.attn_drop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         y = self.proj(merge_heads(y))
-        if cls is not None:
-            cls = y[:, length : length + 1] + y[:, length + 1 :].mean(dim=1, keepdim=True)
-            cls = self.proj_drop(cls)
-        return self.proj_drop(y[:, :length]), cls
+        if cls is None:
+            return self.proj_drop(y), None
+        x, cls, heads = y.split([length, 1, self.num_heads], dim=1)
+        cls = cls + heads.mean(dim=1, keepdim=True)
+        return self.proj_drop(x), self.proj_drop(cls)
 
     def attention_maps(self, x: Tensor, cls: Tensor | None = None) -> dict[str, Tensor]:
         """(B, H, W, C), and a class token (B, 1, C) -> `attention` (B, heads, H, W) to each position.
