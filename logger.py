@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +50,8 @@ def create_logger(
 ) -> logging.Logger:
     """Send all log lines of this process to the console (rank 0) and `log_rank{rank}.txt`.
 
-    A second call replaces the first one's console and file; handlers of others stay.
+    A second call replaces the first one's console and file; handlers of others stay. What waits since
+    `until_logger` comes first.
 
     Args:
         output_dir: folder of the log file, created if needed; None writes no file.
@@ -74,7 +75,41 @@ def create_logger(
         handler.is_mixlab = True
         root.addHandler(handler)
     root.setLevel(logging.INFO)
+    _release(root.handle)
     return logging.getLogger(name)
+
+
+class _Waiting(logging.Handler):
+    """Keeps messages for the logger that a run has not made yet."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def until_logger() -> Iterator[None]:
+    """Warnings from here on appear in what the next `create_logger` sets up, on an error at once."""
+    root = logging.getLogger()
+    waiting = _Waiting()
+    root.addHandler(waiting)
+    try:
+        yield
+    except BaseException:
+        _release(logging.lastResort.handle)
+        raise
+
+
+def _release(handle: Callable[[logging.LogRecord], Any]) -> None:
+    """Give to `handle` what has been waiting, and wait no longer."""
+    root = logging.getLogger()
+    for waiting in [handler for handler in root.handlers if isinstance(handler, _Waiting)]:
+        root.removeHandler(waiting)
+        for record in waiting.records:
+            handle(record)
 
 
 @contextmanager

@@ -138,7 +138,9 @@ def peak_memory(run: Pass, device: torch.device) -> float:
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profile:
         run()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -1,6 +1,7 @@
 """Images and labels: formats on disk, sampling over epochs and processes, transforms, batches."""
 
 from .build import (
+    Checked,
     Data,
     build_data,
     build_dataset,
@@ -13,10 +14,12 @@ from .build import (
     train_size,
 )
 from .evaluation_sets import VAL, EvaluationSet, NumberedImages
+from .masks import check_labels
 from .registry import published_num_classes
 
 __all__ = [
     "VAL",
+    "Checked",
     "Data",
     "EvaluationSet",
     "NumberedImages",
@@ -26,6 +29,7 @@ __all__ = [
     "build_loader",
     "check_data",
     "check_evaluation",
+    "check_labels",
     "dataset_num_classes",
     "published_num_classes",
     "train_batches",

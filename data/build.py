@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -218,38 +218,53 @@ def build_transform(config: Any, training: bool) -> Transform:
     )
 
 
+class Checked(NamedTuple):
+    """What a look at the data found.
+
+    Attributes:
+        classes: their names.
+        labels: for `masks.check_labels`, what this process's share of the masks of each split holds.
+    """
+
+    classes: list[str]
+    labels: dict[str, set[int]]
+
+
 def check_data(
     config: Any,
     splits: Sequence[str] = ("train", "val"),
     *,
     rank: int = 0,
     world_size: int = 1,
-) -> list[str]:
-    """What can be wrong with the data's keys and files before an image is read -> class names.
+) -> Checked:
+    """What can be wrong with the data's keys and files before an image is read.
 
     Of masks, and of images with boxes, each process looks at its share. Only an evaluation whose results are
-    recorded may do without objects, as those of a test set are not known.
+    recorded may do without objects or labels, as those of a test set are not known.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_data`; that files can be read is found out there.
     """
     build_finish(config)
-    found = []
+    found, labels = [], {}
+    known = not (config.EVAL_MODE and config.TEST.REPORT)
     for split in splits:
         dataset = build_dataset(config, split)
         samples = build_samples(config, dataset, split == "train")
         if config.DATA.ON_DEVICE:
             check_on_device(samples)
         if isinstance(dataset, DenseDataset):
-            if not (config.EVAL_MODE and config.TEST.REPORT):
+            if known:
                 dataset.check_objects()
-            dataset.check(rank, world_size)
+            seen = dataset.check(rank, world_size)
+            if known:
+                labels[split] = seen
         if split == "train" and not dataset.holds(config.DATA.BATCH_SIZE * world_size):
             train_batches(config, len(dataset), world_size)  # says what is missing
         found.append(dataset.classes)
     check_same_classes(found[0], found[-1], _source(config))
     check_num_classes(config.MODEL.NUM_CLASSES, len(found[0]), _source(config))
-    return found[0]
+    return Checked(found[0], labels)
 
 
 def build_evaluation_sets(config: Any) -> tuple[list[str], list[EvaluationSet]]:
@@ -280,8 +295,8 @@ def build_evaluation_sets(config: Any) -> tuple[list[str], list[EvaluationSet]]:
     return classes, [open_set(entry, classes, validation) for entry in entries]
 
 
-def check_evaluation(config: Any, *, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What can be wrong with the keys and files of an evaluation -> names of the model's classes.
+def check_evaluation(config: Any, *, rank: int = 0, world_size: int = 1) -> Checked:
+    """What can be wrong with the keys and files of an evaluation; the classes are the model's.
 
     Raises:
         ValueError, FileNotFoundError: as in `build_evaluation_sets`, or a transform that cannot be.
@@ -294,7 +309,7 @@ def check_evaluation(config: Any, *, rank: int = 0, world_size: int = 1) -> list
         samples = build_samples(config, dataset, training=False)
         if config.DATA.ON_DEVICE:
             check_on_device(samples)
-    return classes
+    return Checked(classes, {})
 
 
 def dataset_num_classes(config: Any) -> int:

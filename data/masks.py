@@ -2,8 +2,9 @@
 
 import csv
 import io
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ from models.heads.pixels import IGNORED, MAX_CLASSES
 
 from .listing import read_class_names
 from .registry import DenseDataset, missing
+
+_LOG = logging.getLogger(__name__)
 
 # What a lookup gives for a value that masks must not have, and so no class.
 _UNKNOWN = MAX_CLASSES
@@ -166,7 +169,7 @@ class MaskedImages(DenseDataset):
     that image and mask share.
 
     Args:
-        pairs: name, image file and mask file of each sample.
+        pairs: name, image file and mask file of each sample; "" for an image of which nothing is known.
         labels: decoded mask -> uint8 (H, W); ValueError for values that masks must not have.
         category_ids: what predicted masks hold for each label, if it is not the label itself.
     """
@@ -189,28 +192,37 @@ class MaskedImages(DenseDataset):
         name, image, _ = self._pairs[index]
         with open(image, "rb") as file:
             content = file.read()
-        return content, dict(mask=self._mask(index), image_id=name, file=image)
+        size = self._size(index, io.BytesIO(content))
+        return content, dict(mask=self._mask(index, size), image_id=name, file=image)
 
     def describe(self, index: int) -> str:
         return self._pairs[index][1]
 
-    def check_image(self, index: int) -> None:
-        """Read a mask, and the size of its image.
+    def check_image(self, index: int) -> Collection[int]:
+        """Read a mask, and the size of its image -> the labels in it.
 
         Raises:
             ValueError: the mask is damaged, has values that no class has, or not the size of its image; the
                 message names the file.
         """
         _, image, mask = self._pairs[index]
-        try:
-            with Image.open(image) as opened:  # reads the header only
-                width, height = opened.size
-        except _DAMAGED as error:
-            raise ValueError(f"{image} cannot be read: {error}") from error
-        check_size(self._mask(index), (height, width), mask, image)
+        size = self._size(index, image)
+        labels = self._mask(index, size)
+        check_size(labels, size, mask, image)
+        return np.bincount(labels.ravel()).nonzero()[0].tolist()
 
-    def _mask(self, index: int) -> np.ndarray:
+    def _size(self, index: int, file: str | io.BytesIO) -> tuple[int, int]:
+        """Height and width of an image, by its header."""
+        try:
+            with Image.open(file) as opened:
+                return opened.size[::-1]
+        except _DAMAGED as error:
+            raise ValueError(f"{self._pairs[index][1]} cannot be read: {error}") from error
+
+    def _mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
         path = self._pairs[index][2]
+        if not path:
+            return np.full(size, IGNORED, np.uint8)
         try:
             with open(path, "rb") as file:
                 mask = open_mask(file.read())
@@ -233,15 +245,54 @@ def check_size(
         )
 
 
+def check_labels(seen: Mapping[str, set[int]], classes: Sequence[str]) -> None:
+    """Compare what the masks of each split hold with what is to be learned; warns of classes that are absent.
+
+    Args:
+        seen: by split, all labels of its masks, and IGNORED; nothing for data without labels of pixels.
+
+    Raises:
+        ValueError: no pixel of a split counts, or all of the training split's are of one class.
+    """
+    for split, found in seen.items():
+        labels = found - {IGNORED}
+        if not found or len(labels) == len(classes):
+            continue
+        if not labels:
+            raise ValueError(
+                f"no pixel of the {split} masks counts, all are {IGNORED} (ignored): there is nothing to "
+                "learn or to score; complete them, or correct the key that numbers them (--eval with "
+                "TEST.REPORT True writes predictions for images whose labels are not known)"
+            )
+        if split == "train" and len(labels) == 1:
+            (label,) = labels
+            advice = ""
+            if IGNORED in found:
+                advice = (
+                    f"; the others are {IGNORED}, which does not count: if that is a class, name the masks' "
+                    "colours in DATA.PAIRS.PALETTE"
+                )
+            raise ValueError(
+                f"all pixels of the train masks that count are '{classes[label]}', there is nothing to tell "
+                f"apart for {len(classes)} classes{advice}"
+            )
+        absent = [name for label, name in enumerate(classes) if label not in labels]
+        _LOG.warning(
+            "%d of %d classes occur in no mask of the %s split: %s%s",
+            *(len(absent), len(classes), split, ", ".join(absent[:5])),
+            " ..." if len(absent) > 5 else "",
+        )
+
+
 def find_pairs(
-    images: tuple[Path, str], masks: tuple[Path, str], layout: str
+    images: tuple[Path, str], masks: tuple[Path, str] | None, layout: str
 ) -> list[tuple[str, str, str]]:
     """Name, image and mask of each sample, sorted by name; for `MaskedImages`.
 
     Args:
         images, masks: folder, and pattern of the files in it and in the folders below: one `*`, which
             stands for what an image and its mask have in common. Without an ending it is any of
-            IMAGE_ENDINGS, or MASK_ENDINGS.
+            IMAGE_ENDINGS, or MASK_ENDINGS. None: there are no masks.
         layout: what DATA.DATA_PATH must hold, for messages.
 
     Raises:
@@ -249,6 +300,8 @@ def find_pairs(
         ValueError: two files have one name.
     """
     image_files = _by_name(*images, IMAGE_ENDINGS, "image", layout)
+    if masks is None:
+        return [(name, file, "") for name, file in sorted(image_files.items())]
     mask_files = _by_name(*masks, MASK_ENDINGS, "mask", layout)
     _check_partners(image_files, mask_files, masks, ("image", "mask"), layout)
     _check_partners(mask_files, image_files, images, ("mask", "image"), layout)

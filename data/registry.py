@@ -13,7 +13,7 @@ node has the name of the format, or the one that `register_dataset` is given.
 import importlib
 import inspect
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,17 +126,24 @@ class DenseDataset(ImageDataset):
         """
         raise NotImplementedError
 
-    def check(self, rank: int = 0, world_size: int = 1) -> None:
-        """`check_image` on this process's share of the images; of several errors the first is raised."""
+    def check(self, rank: int = 0, world_size: int = 1) -> set[int]:
+        """`check_image` on this process's share of the images -> all labels that it saw.
+
+        Of several errors the first is raised.
+        """
         with ThreadPoolExecutor(_READERS) as pool:
-            for _ in pool.map(self.check_image, range(rank, len(self), world_size)):
-                pass
+            return set().union(*pool.map(self.check_image, range(rank, len(self), world_size)))
 
     def check_objects(self) -> None:
         """ValueError if it is known, without a look at the images, that there is nothing to be found."""
 
-    def check_image(self, index: int) -> None:
-        """Look at what must be right before training starts, such as a mask; ValueError names the file."""
+    def check_image(self, index: int) -> Collection[int]:
+        """Look at what must be right before training starts, such as a mask; ValueError names the file.
+
+        Returns:
+            Labels of its pixels, 255 where nothing counts; none where pixels have no labels.
+        """
+        return ()
 
 
 def register_dataset(

@@ -28,6 +28,8 @@ from torchvision.transforms import functional as F
 SMALL_SIDE = 32
 # Modes of PIL by number of channels.
 _MODES = {1: "L", 3: "RGB"}
+# Those of PIL with one channel of more than 8 bits.
+_WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 # Padding of the simple random crop in pixels, as in DeiT III's code.
 SIMPLE_PADDING = 4
@@ -50,11 +52,30 @@ WHOLE = Window(0.0, 0.0, 1.0, 1.0)
 
 
 def to_image(image: Picture, in_chans: int) -> Image.Image:
-    """Stored image, or uint8 array (H, W) or (H, W, 1 or 3), -> PIL image with `in_chans` channels."""
+    """Stored image, or uint8 array (H, W) or (H, W, 1 or 3), -> PIL image with `in_chans` channels.
+
+    Of 16 bits per pixel the upper 8 are taken, as OpenCV does.
+
+    Raises:
+        ValueError: an image of 32 bits per pixel and channel, whose range nobody knows.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    if image.mode in _WIDE_MODES:
+        image = _upper_bits(image)
     mode = _MODES[in_chans]
     return image if image.mode == mode else image.convert(mode)
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    """Gray values of 16 bits -> of 8; PIL's own conversion makes white of all that is above 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) >= 2**16:
+        raise ValueError(
+            f"its gray values have 32 bits (PIL's mode {image.mode}) and go from {values.min():g} to "
+            f"{values.max():g}; save it with 8 or 16 bits"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def to_pixels(image: Picture, in_chans: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import MODE_KEYS, output_dir
-from data import check_data, check_evaluation
+from data import Checked, check_data, check_evaluation, check_labels
 from logger import muted
 from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
@@ -44,15 +44,19 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         FileNotFoundError: the data is not there.
     """
     found = source = None
+    data = Checked([], {})
     try:
-        source = _check(config, runtime)
+        source, data = _check(config, runtime)
     except (ValueError, FileNotFoundError) as error:
         found = error  # the other processes wait: they must hear of it
-    answers = all_gather_object((found, source))
-    for error, _ in answers:
+    answers = all_gather_object((found, source, data.labels))
+    for error, *_ in answers:
         if error is not None:
             raise error
-    _check_sources([source for _, source in answers], output_dir(config))
+    _check_sources([source for _, source, _ in answers], output_dir(config))
+    shares = [labels for *_, labels in answers]
+    together = {split: set().union(*(s[split] for s in shares)) for split in data.labels}
+    check_labels(together, data.classes)
 
 
 def _check_sources(sources: Sequence[Source | None], folder: Path) -> None:
@@ -71,20 +75,20 @@ def _described(start: tuple[str, str] | None) -> str:
     return path or kind or "nothing"
 
 
-def _check(config: CfgNode, runtime: Runtime) -> Source | None:
-    """What this process can know -> where it would take weights from."""
+def _check(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Checked]:
+    """What this process can know -> where it would take weights from, and what it saw of the data."""
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
     if mode == "PLAN_MODE":
         make_plan(config, runtime)
-        return None
+        return None, Checked([], {})
     if mode in ("train", "EVAL_MODE"):
         look = check_data if mode == "train" else check_evaluation
-        classes = look(config, rank=runtime.rank, world_size=runtime.world_size)
-        num_classes = len(classes)
+        data = look(config, rank=runtime.rank, world_size=runtime.world_size)
+        num_classes = len(data.classes)
         task = build_task(config, num_classes)
     else:
-        classes, num_classes = [], known_classes(config)
+        data, num_classes = Checked([], {}), known_classes(config)
     optimizer = None
     with torch.device("meta"):
         model = build_placed(config, num_classes, torch.device("meta"))
@@ -100,5 +104,5 @@ def _check(config: CfgNode, runtime: Runtime) -> Source | None:
     # Timing and counting take weights if they are given, and need none.
     kind = {"train": "train", "EVAL_MODE": "eval"}.get(mode, "throughput")
     source = find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")
-    check_weights(config, model, source, classes, optimizer)
-    return source
+    check_weights(config, model, source, data.classes, optimizer)
+    return source, data

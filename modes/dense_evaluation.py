@@ -18,7 +18,7 @@ from engine.train import to_device
 from tasks import build_task
 from utils.amp import Amp
 from utils.distributed import Runtime
-from utils.pictures import save_picture, to_picture
+from utils.pictures import remove_pictures, save_picture, to_picture
 
 from .build import build_placed, compiled, load_weights, set_up, source_of
 from .results import report_skipped, write_json
@@ -67,6 +67,7 @@ def evaluate_dense(config: CfgNode, runtime: Runtime) -> None:
     if runtime.is_main and config.TEST.PICTURES:
         mean, std = channel_stats(config.DATA.MEAN, config.DATA.STD, config.MODEL.IN_CHANS)
         batches = itertools.islice(data.val, config.TEST.PICTURES)
+        remove_pictures(folder / "pictures")
         draw = Drawing(model, task, amp, data.classes, mean, std, folder / "pictures")
         written += [
             draw(to_device(batch, runtime.device, config.CHANNELS_LAST), number)

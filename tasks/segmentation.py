@@ -67,10 +67,11 @@ class SegmentationTask:
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         """In the words of mmsegmentation's logs."""
-        return (
-            f" * mIoU {metrics['mIoU']:.2f} mAcc {metrics['mAcc']:.2f} aAcc {metrics['aAcc']:.2f} "
-            f"({metrics['images']:.0f} images)"
-        )
+        shown = [f"{key} {metrics[key]:.2f}" for key in ("mIoU", "mAcc", "aAcc") if key in metrics]
+        counted = f"{metrics['images']:.0f} images"
+        if (classes := metrics.get("classes", self.num_classes)) < self.num_classes:
+            counted += f", {classes:.0f} of {self.num_classes} classes"
+        return f" * {' '.join([*shown, ''])}({counted})"
 
     def picture(
         self, image: Tensor, found: Tensor, target: Mapping[str, Any], classes: Sequence[str] = ()

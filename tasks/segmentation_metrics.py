@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.heads.pixels import IGNORED
 from utils.distributed import all_reduce_sum, gather_object
+from utils.pictures import remove_pictures
 from utils.tables import write_rows
 
 
@@ -73,10 +74,11 @@ class SegmentationEvaluator:
                 self._files[str(target["image_id"])] = self._encoded(labels)
 
     def compute(self) -> dict[str, float]:
-        """mIoU, mAcc and aAcc in percent, and the number of images, over all processes.
+        """mIoU, mAcc and aAcc in percent, and the numbers of images and of classes in mIoU, of all processes.
 
         Classes that neither occur nor are predicted have no part in mIoU, those that do not occur none in
-        mAcc (mean of the classes' accuracies). aAcc is the share of right pixels.
+        mAcc (mean of the classes' accuracies). aAcc is the share of right pixels. Where nothing counts, which
+        is an error unless predictions are recorded, there is the number of images only.
 
         Raises:
             FloatingPointError: there are pixels without prediction, as logits that are nan leave them.
@@ -102,15 +104,19 @@ class SegmentationEvaluator:
             )
         self.confusion = counts[:-3].reshape(self.num_classes, self.num_classes)
         if not self.confusion.any():
+            if self.record:
+                return {"images": images}
             raise ValueError(
                 f"nothing to evaluate: all {ignored} pixels of the masks are {IGNORED} (ignored)"
             )
         right = self.confusion.trace() / self.confusion.sum()
+        ious = self.class_ious()
         return {
-            "mIoU": round(float(np.nanmean(self.class_ious())), 6),
+            "mIoU": round(float(np.nanmean(ious)), 6),
             "mAcc": round(float(np.nanmean(self.class_accuracies())), 6),
             "aAcc": round(100 * float(right), 6),
             "images": images,
+            "classes": int(np.isfinite(ious).sum()),
         }
 
     def class_ious(self) -> np.ndarray:
@@ -126,9 +132,26 @@ class SegmentationEvaluator:
         """`classes<suffix>.csv`, and with `record` `labels<suffix>/<image id>.png` -> the table, the folder.
 
         After `compute`, in the first process. Columns: label, class, IoU and accuracy in percent (empty where
-        there are none), pixels of the class, pixels predicted as it.
+        there are none), pixels of the class, pixels predicted as it; no table where no pixel counts. PNG
+        files that an earlier run left in that folder are removed.
         """
-        table = folder / f"classes{suffix}.csv"
+        written = (
+            [self._write_table(folder / f"classes{suffix}.csv")] if self.confusion.any() else []
+        )
+        if not self.record:
+            return written
+        root = folder / f"labels{suffix}"
+        remove_pictures(root)
+        for name, content in sorted(self._files.items()):
+            path = root / f"{name}.png"
+            # The name comes from the data set: it may hold folders, but must not lead elsewhere.
+            if not path.resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"image id {name!r} is no name for a file below {root}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return [*written, root]
+
+    def _write_table(self, path: Path) -> Path:
         columns = (
             range(self.num_classes),
             self.classes,
@@ -138,16 +161,8 @@ class SegmentationEvaluator:
             self.confusion.sum(0).tolist(),
         )
         header = ["label", "class", "iou", "acc", "pixels", "predicted"]
-        write_rows(table, header, zip(*columns, strict=True))
-        root = folder / f"labels{suffix}"
-        for name, content in sorted(self._files.items()):
-            path = root / f"{name}.png"
-            # The name comes from the data set: it may hold folders, but must not lead elsewhere.
-            if not path.resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"image id {name!r} is no name for a file below {root}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return [table, root] if self.record else [table]
+        write_rows(path, header, zip(*columns, strict=True))
+        return path
 
     def _count(self, labels: Tensor, mask: Tensor) -> None:
         classes = self.num_classes

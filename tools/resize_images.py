@@ -5,9 +5,10 @@ python main.py --cfg ... --data-path /fast/imagenet
 
 Folders and file names stay, so the copy is read as the original is; files that are no images come along.
 Images are decoded and resized by PIL and written in their own format. An image whose shorter side is not
-longer than --side is copied byte for byte: nothing is enlarged, or compressed twice for nothing. A file
-appears under its name when it is complete, so the same command continues after an interruption; existing
-files are kept. Files that cannot be read are reported, left out, and make the exit status 1.
+longer than --side is copied byte for byte: nothing is enlarged, or compressed twice for nothing; so is one
+of more than 8 bits per channel, which PIL cannot resize in its own format. A file appears under its name
+when it is complete, so the same command continues after an interruption; existing files are kept. Files that
+cannot be read are reported, left out, and make the exit status 1.
 
 Random resized crops of reduced images are cut from fewer pixels: with --side 256 a crop of 8 % of the area
 is enlarged about three times to fill 224 pixels. Published recipes cut from the originals.
@@ -122,10 +123,10 @@ def _convert(source: Path, target: Path, side: int, quality: int, name: Path) ->
 
 
 def _reduced(path: Path, side: int) -> tuple[Image.Image, str | None] | None:
-    """The reduced image and its format; None if it is small enough. Damaged ones raise what PIL raises."""
+    """The reduced image and its format; None if it is to be copied. Damaged ones raise what PIL raises."""
     with Image.open(path) as image:
         image.load()  # also of images that are copied: damaged ones must be found
-        if min(image.size) <= side:
+        if min(image.size) <= side or image.mode[0] in "IF":
             return None
         scale = side / min(image.size)
         size = tuple(max(side, round(scale * length)) for length in image.size)

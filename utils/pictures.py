@@ -188,6 +188,12 @@ def save_picture(picture: Tensor, path: str | Path) -> None:
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
+def remove_pictures(folder: str | Path) -> None:
+    """Remove the PNG files in a folder of results and below it, so that those of two runs never mix."""
+    for path in Path(folder).rglob("*.png"):
+        path.unlink()
+
+
 def _draw_box(draw: ImageDraw.ImageDraw, place: list[int], text: str, colour: Colour) -> None:
     """An outline, and a label above it, or inside where the picture ends; never outside the picture.
 

@@ -6,13 +6,13 @@ import math
 import os
 import pickle
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data.registry import DenseDataset, missing, register_dataset
 
@@ -87,7 +87,7 @@ class CocoImages(DenseDataset):
                 "TEST.REPORT True writes the results of images whose objects are not known)"
             )
 
-    def check_image(self, index: int) -> None:
+    def check_image(self, index: int) -> Collection[int]:
         """Compare the size of an image, by the head of its file, with what its annotations are for.
 
         Raises:
@@ -98,13 +98,21 @@ class CocoImages(DenseDataset):
         try:
             with Image.open(path) as image:
                 found = image.size[::-1]
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         if tuple(size) != found:
+            advice = "annotate the image as it is stored, or correct height and width"
+            if turned:
+                advice = (
+                    "the file is to be turned by its EXIF orientation, which is ignored here: save it turned "
+                    "(PIL: ImageOps.exif_transpose), or annotate it as it is stored"
+                )
             raise ValueError(
                 f"{path} has {list(found)} pixels (height, width), and {self._path} says {list(size)}: boxes "
-                "would lie elsewhere; annotate the image as it is stored, or correct height and width"
+                f"would lie elsewhere; {advice}"
             )
+        return ()
 
     def _check_images_are_there(self, key: str) -> None:
         names = [record["file_name"] for record in self._records]
@@ -277,8 +285,9 @@ class _File:
     ) -> dict[int | str, list[dict[str, Any]]]:
         """Image id -> its annotations, numbered from 1 on over the file, with labels as categories."""
         found: dict[int | str, list[dict[str, Any]]] = {}
-        outside = ""
+        outside: list[str] = []
         number = 0
+        reach = 0.0  # the largest coordinate
         for number, (place, entry) in enumerate(self.entries("annotations"), start=1):
             image_id, category = entry.get("image_id"), entry.get("category_id")
             if type(image_id) not in (int, str) or image_id not in images:
@@ -293,8 +302,9 @@ class _File:
                 )
             size = images[image_id]["size"]
             box = self._box(place, entry)
-            if not outside and _is_outside(box, size):
-                outside = f"{place} has {box} in an image of {size} (height, width)"
+            if _is_outside(box, size):
+                outside.append(f"{place} has {box} in an image of {size} (height, width)")
+            reach = max(reach, box[0] + box[2], box[1] + box[3])
             kept = dict(
                 id=number,  # from 1: pycocotools takes 0 for "not found"
                 image_id=image_id,
@@ -308,11 +318,18 @@ class _File:
             found.setdefault(image_id, []).append(kept)
         if not number:
             _LOG.warning("%s has no annotation", self.path)
+        elif 0 < reach <= 1:
+            self.fail(
+                "'annotations'",
+                f"all {number} boxes lie within one pixel: 'bbox' must be [x, y, width, height] in pixels, "
+                "not in shares of the image's sides",
+            )
         if outside:
+            corners = " (are they corners [x1, y1, x2, y2]?)" if 2 * len(outside) > number else ""
             _LOG.warning(
-                "%s: there are boxes that leave their image, the first is %s; 'bbox' must be [x, y, width, "
+                "%s: %d of %d boxes leave their image%s, the first is %s; 'bbox' must be [x, y, width, "
                 "height], in pixels of the image as it is stored; boxes are cut off at its border",
-                *(self.path, outside),
+                *(self.path, len(outside), number, corners, outside[0]),
             )
         return found
 

@@ -38,7 +38,8 @@ def image_pairs(
     Args:
         train_images, train_masks, val_images, val_masks: folders, relative to `root`; folders in them are
             searched too. Where names differ by more than the ending, the last part is a pattern whose `*`
-            is what they have in common: `labels/*_L.png`.
+            is what they have in common: `labels/*_L.png`. `val_masks` "" stands for images whose labels are
+            not known, as those of a test set: --eval with TEST.REPORT True writes predictions for them.
         palette: file with a line `red green blue name` per colour of the masks, in the order of the labels.
             Colours of one name are one class, those of the name `ignore` do not count. "": masks hold
             the numbers of the classes, and 255 where nothing counts.
@@ -56,7 +57,7 @@ def image_pairs(
     keys = [f"DATA.PAIRS.{split.upper()}_{what}" for what in ("IMAGES", "MASKS")]
     layout = " and ".join(f"{value} ({key})" for value, key in zip(given, keys, strict=True))
     images, masks = (_pattern(folder, value, key) for value, key in zip(given, keys, strict=True))
-    pairs = find_pairs(images, masks, layout)
+    pairs = find_pairs(images, masks if given[1] else None, layout)
     if palette:
         names, colours = read_palette(folder, palette, bool(classes))
         if reduce_zero_label:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -188,6 +188,10 @@ def _set(key, value, place=0, part="annotations"):
     return lambda content: content[part][place].__setitem__(key, value)
 
 
+def _boxes(*box):
+    return lambda content: [entry.update(bbox=[*box]) for entry in content["annotations"]]
+
+
 def _drop(key, part="annotations"):
     return lambda content: content[part][0].pop(key)
 
@@ -217,6 +221,7 @@ WRONG = {
     "box of 3": (_set("bbox", [1, 2, 3], 1), r"annotations\[1\] 'bbox' is \[1, 2, 3\]"),
     "box of text": (_set("bbox", ["1", 2, 3, 4]), r"annotations\[0\] 'bbox' is \[\"1\", 2, 3, 4\]"),
     "negative width": (_set("bbox", [9, 2, -3, 4]), r"'bbox' is \[9, 2, -3, 4\]; .* of at least 0"),
+    "shares of sides": (_boxes(0.1, 0.2, 0.5, 0.8), r"all \d+ boxes lie within one pixel.*in shares"),
     "area is text": (_set("area", "big"), r"annotations\[0\] 'area' is \"big\""),
     "negative area": (_set("area", -1.5), r"annotations\[0\] 'area' is -1.5"),
     "crowd 2": (_set("iscrowd", 2), r"annotations\[0\] 'iscrowd' is 2; it must be 0 or 1"),
@@ -330,6 +335,15 @@ def test_check_finds_images_of_another_size(tmp_path):
         opened(tmp_path).check()
 
 
+def test_check_knows_why_an_image_that_is_to_be_turned_has_another_size(tmp_path):
+    write_coco(tmp_path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (48, 64)).save(tmp_path / "train2017/train_002.png", exif=exif)
+    with pytest.raises(ValueError, match=r"EXIF orientation.*exif_transpose"):
+        opened(tmp_path).check()
+
+
 def test_check_finds_files_that_are_no_images(tmp_path):
     write_coco(tmp_path)
     (tmp_path / "train2017/train_001.png").write_text("not there")
@@ -345,6 +359,18 @@ def test_boxes_that_leave_their_image_are_warned_of(tmp_path, caplog):
         opened(tmp_path)
     assert "annotations[1] has [40, 30, 60, 46] in an image of [48, 64]" in caplog.text
     assert "[x, y, width, height]" in caplog.text
+    assert f"1 of {len(content['annotations'])} boxes leave" in caplog.text
+    assert "corners" not in caplog.text
+
+
+def test_corners_in_place_of_sides_are_suspected(tmp_path, caplog):
+    content = write_coco(tmp_path)["train"]
+    for entry in content["annotations"]:
+        entry["bbox"] = [40, 30, 60, 46]
+    rewrite(tmp_path, "train", content)
+    with caplog.at_level(logging.WARNING):
+        opened(tmp_path)
+    assert "boxes leave their image (are they corners [x1, y1, x2, y2]?)" in caplog.text
 
 
 def test_a_file_without_annotations_is_warned_of(tmp_path, caplog):

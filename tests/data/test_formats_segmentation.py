@@ -11,7 +11,15 @@ from PIL import Image
 import data.formats  # noqa: F401  registers the formats
 from data.formats.cityscapes import CLASSES
 from data.formats.image_pairs import read_palette
-from data.masks import IGNORED, IndexMasks, MaskedImages, find_pairs, numbered, open_mask
+from data.masks import (
+    IGNORED,
+    IndexMasks,
+    MaskedImages,
+    check_labels,
+    find_pairs,
+    numbered,
+    open_mask,
+)
 from data.registry import create_dataset, dataset_node, list_datasets, published_num_classes
 from tests.data.segmentation_files import (
     blocks,
@@ -43,6 +51,59 @@ def test_the_formats_are_registered_for_segmentation_only():
     assert [published_num_classes(name, "segmentation") for name in names] == [150, 19, None, None]
     assert dataset_node("image_pairs", "segmentation") == "PAIRS"
     assert "ade20k" not in list_datasets()
+
+
+# -- labels of all masks ------------------------------------------------------------------------------
+
+
+def test_check_gives_the_labels_of_the_masks_in_its_share(tmp_path):
+    write_ade(tmp_path, train=2, val=1, num_classes=4, names=False)
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    for number, labels in enumerate(([1, 2], [0, 4])):
+        mask = np.array([labels], np.uint8).repeat(24, 0).repeat(20, 1)
+        write_image(tmp_path / f"annotations/training/ADE_training_{number:04d}.png", mask)
+    dataset = open_data("ade20k", tmp_path, classes="names.txt")
+    assert dataset.check() == {0, 1, 3, IGNORED}
+    assert dataset.check(1, 2) == {3, IGNORED}
+
+
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        ({"val": {IGNORED}}, "no pixel of the val masks counts"),
+        ({"train": {IGNORED}}, "no pixel of the train masks counts"),
+        ({"train": {0, IGNORED}}, "are 'ground', .*for 3 classes; the others are 255.*PALETTE"),
+        ({"train": {2}}, "are 'lesion', there is nothing to tell apart for 3 classes$"),
+    ],
+)
+def test_masks_that_nothing_can_be_learned_from_are_an_error(seen, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(seen, ["ground", "vessel", "lesion"])
+
+
+def test_classes_that_do_not_occur_are_warned_of(caplog):
+    classes = [f"class_{label}" for label in range(9)]
+    check_labels({"train": {*range(9), IGNORED}, "val": {0, IGNORED}}, classes)
+    assert [record.getMessage() for record in caplog.records] == [
+        "8 of 9 classes occur in no mask of the val split: class_1, class_2, class_3, class_4, class_5 ..."
+    ]
+    check_labels({"train": set()}, classes)  # a format without masks
+    check_labels({"train": {0}}, ["one"])
+    assert len(caplog.records) == 1
+
+
+def test_images_without_masks_can_be_named_for_predictions(tmp_path):
+    write_pairs(tmp_path)
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    dataset = open_data("image_pairs", tmp_path, "val", classes="classes.txt", val_masks="")
+    assert dataset.check() == {IGNORED}
+    known = open_data("image_pairs", tmp_path, "val", classes="classes.txt")
+    for index in range(len(known)):
+        (content, target), (_, expected) = dataset.read(index), known.read(index)
+        assert content == known.read(index)[0]
+        assert target["image_id"] == expected["image_id"]
+        assert target["mask"].shape == expected["mask"].shape
+        assert (target["mask"] == IGNORED).all()
 
 
 # -- ADE20K -------------------------------------------------------------------------------------------

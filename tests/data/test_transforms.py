@@ -1,5 +1,6 @@
 """What training and evaluation do to an image."""
 
+import io
 import random
 
 import numpy as np
@@ -140,6 +141,23 @@ def test_a_non_square_evaluation_crop_keeps_proportions():
 @pytest.mark.parametrize(("in_chans", "expected"), [(1, "L"), (3, "RGB")])
 def test_images_of_any_mode_get_the_asked_channels(mode, in_chans, expected):
     assert to_image(picture(4, 4).convert(mode), in_chans).mode == expected
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "int32"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_gray_images_of_16_bits_keep_their_upper_8(dtype, in_chans):
+    values = np.array([[0, 255, 256], [4095, 33000, 65535]])
+    file = io.BytesIO()
+    Image.fromarray(values.astype(dtype)).save(file, "TIFF")
+    found = to_pixels(Image.open(file), in_chans)
+    assert found[..., 0].tolist() == [[0, 0, 1], [15, 128, 255]]
+    assert np.array_equal(found[..., 0], found[..., -1])
+
+
+@pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])])
+def test_gray_images_of_32_bits_are_refused(values):
+    with pytest.raises(ValueError, match=r"32 bits.*save it with 8 or 16 bits"):
+        to_image(Image.fromarray(values), 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3)])

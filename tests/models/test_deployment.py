@@ -227,7 +227,7 @@ def test_hooks_see_a_layer_and_its_activation(products):
     torch.testing.assert_close(layer.activated(x, nn.Identity()), layer.bias.expand(5, 40))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @torch.no_grad()
 def test_transforms_of_functions_take_the_plain_weight():
     plain, x = Linear(24, 40).requires_grad_(False), torch.randn(5, 24)
@@ -354,7 +354,7 @@ def test_equal_blocks_share_compiled_code():
     torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @torch.no_grad()
 def test_exports_hold_plain_weights(products):
     model = deploy(create_model("dhvt_tiny_cifar_patch4", num_classes=10))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tasks.segmentation import SegmentationTask
 from tasks.segmentation_metrics import SegmentationEvaluator
 from tests.processes import free_port, run_on_processes
 
@@ -53,7 +54,8 @@ def test_a_table_of_three_classes_with_ignored_pixels():
     assert evaluator.class_ious().tolist() == pytest.approx(IOUS)
     assert evaluator.class_accuracies().tolist() == pytest.approx(ACCURACIES)
     assert result == pytest.approx(
-        dict(mIoU=sum(IOUS) / 3, mAcc=sum(ACCURACIES) / 3, aAcc=62.5, images=2), abs=1e-6
+        dict(mIoU=sum(IOUS) / 3, mAcc=sum(ACCURACIES) / 3, aAcc=62.5, images=2, classes=3),
+        abs=1e-6,
     )
 
 
@@ -68,6 +70,8 @@ def test_classes_that_occur_nowhere_are_left_out_of_the_means():
     assert np.isnan(evaluator.class_accuracies()[3:]).all()
     assert result["mIoU"] == pytest.approx(sum([50, 100 / 3, 200 / 3, 0]) / 4, abs=1e-6)
     assert result["mAcc"] == pytest.approx(sum(ACCURACIES) / 3, abs=1e-6)
+    assert result["classes"] == 4
+    assert SegmentationTask(5).describe(result).endswith("(2 images, 4 of 5 classes)")
 
 
 def test_the_matrix_is_that_of_torchmetrics():
@@ -134,6 +138,16 @@ def test_the_table_per_class(tmp_path):
     ]
 
 
+def test_images_whose_labels_are_not_known_get_predictions_and_no_scores(tmp_path):
+    (tmp_path / "labels" / "old").mkdir(parents=True)
+    (tmp_path / "labels" / "old" / "7.png").write_bytes(b"of an earlier run")
+    evaluator = evaluated(LABELS, [torch.full_like(mask, 255) for mask in MASKS], record=True)
+    assert evaluator.compute() == dict(images=2)
+    assert SegmentationTask(3).describe(dict(images=2)) == " * (2 images)"
+    assert evaluator.write(tmp_path) == [tmp_path / "labels"]
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["0.png", "1.png"]
+
+
 def test_recorded_predictions_are_pictures_with_the_ids_of_the_data_set(tmp_path):
     evaluator = evaluated(record=True)
     evaluator.compute()
@@ -170,6 +184,7 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 from tests.tasks.test_segmentation_metrics import batch, random_case
+from tasks.segmentation import SegmentationTask
 from tasks.segmentation_metrics import SegmentationEvaluator
 from utils.distributed import cleanup, init_distributed
 

@@ -84,6 +84,14 @@ def test_pixels_are_those_of_pils_filter_and_quality_counts(tree, tmp_path):
     assert coarse < fine
 
 
+def test_an_image_of_16_bits_is_copied(tree, tmp_path):
+    path = tree / "train/ant/deep.png"
+    Image.fromarray(np.linspace(0, 2**16 - 1, 60 * 90).reshape(60, 90).astype("uint16")).save(path)
+    report = resize_tree(tree, tmp_path / "target", 40)
+    assert report == dict(resized=4, copied=3, kept=0, damaged={})
+    assert (tmp_path / "target/train/ant/deep.png").read_bytes() == path.read_bytes()
+
+
 def test_existing_files_are_kept_so_that_an_interrupted_run_continues(tree, tmp_path):
     target = tmp_path / "target"
     resize_tree(tree, target, 40)
