@@ -277,15 +277,15 @@ for _head in head_entries():
     )
 
 # What constructors say about their own keywords: types by annotations; blocks of a stage, or of the whole
-# model, are at least one; ranges and lists of heads. All other ranges are the constructors' own.
-_BLOCKS = ("depth", "depths")
+# model, and widths are at least one; ranges and lists of heads. All other ranges are the constructors' own.
+_COUNTS = ("depth", "depths", "embed_dim", "embed_dims")
 rules.CHOICES["MODEL.HEAD.TYPE"] = tuple(entry.name for entry in head_entries())
 for _entry in [*registry.entries(), *head_entries()]:
     for _name, _field in _entry.fields.items():
         rules.TYPES[_entry.keys[_name]] = _field.types
         rules.ELEMENTS[_entry.keys[_name]] = _field.elements
 for _entry in registry.entries():
-    _counted = [_entry.keys[_name] for _name in _entry.fields if _name in _BLOCKS]
+    _counted = [_entry.keys[_name] for _name in _entry.fields if _name in _COUNTS]
     rules.RANGES.update(dict.fromkeys(_counted, "[1, inf)"))
 for _entry in head_entries():
     for _name, _field in _entry.fields.items():

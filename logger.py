@@ -131,13 +131,20 @@ class MetricsWriter:
 
     Args:
         output_dir: folder of `metrics.jsonl` and `tensorboard/`, created if needed.
-        resume_step: the step that training continues from, 0 for a fresh run. Lines of later steps,
-            which will be made again, move to `metrics.replaced.jsonl`.
+        resume_step: the step that training continues from, None for a fresh run. Lines of later steps, of a
+            fresh run all, move to `metrics.replaced.jsonl`: they will be made again.
+        position: epoch and batch that training continues with. Lines of the same step from there on, of an
+            accumulation that was not finished, move too.
         tensorboard: False writes no TensorBoard files.
     """
 
     def __init__(
-        self, output_dir: str | Path, rank: int = 0, resume_step: int = 0, tensorboard: bool = True
+        self,
+        output_dir: str | Path,
+        rank: int = 0,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        position: tuple[int, int] = (0, 0),
     ):
         self._file = self._board = None
         if rank != 0:
@@ -145,10 +152,10 @@ class MetricsWriter:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _keep_until(path, resume_step)
+        _keep_until(path, -1 if resume_step is None else resume_step, position)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._board = _tensorboard(folder / "tensorboard", resume_step)
+            self._board = _tensorboard(folder / "tensorboard", resume_step or 0)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` (numbers, text, one-element tensors) of `kind` train or eval at `step`."""
@@ -191,14 +198,17 @@ def _valid(value: Any) -> Any:
     return value
 
 
-def _keep_until(path: Path, last_step: int) -> None:
-    """Move the lines of steps after `last_step`, and a line that a crash cut off, to another file."""
+def _keep_until(path: Path, last_step: int, position: tuple[int, int]) -> None:
+    """Move lines to another file, as `MetricsWriter` says, and one that a crash cut off."""
     if not path.exists():
         return
     kept, replaced = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            belongs = json.loads(line)["step"] <= last_step
+            record = json.loads(line)
+            belongs = record["step"] <= last_step
+            if record["step"] == last_step and "batch" in record:
+                belongs = (record["epoch"], record["batch"]) < position
         except (ValueError, KeyError, TypeError):
             belongs = False
         (kept if belongs else replaced).append(line + "\n")

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from utils.spelling import nearest
@@ -50,9 +50,13 @@ _FORMATS: dict[tuple[str, str], Format] = {}  # by task and name
 def decode_image(content: bytes) -> Image.Image:
     """An encoded image file in memory -> decoded PIL image; what PIL raises if it is damaged."""
     # Decoded here, so that a damaged file is noticed as this sample's.
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        return image
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError as error:
+        # PIL's message names an object in memory.
+        raise UnidentifiedImageError("it is no image of a format that PIL knows") from error
 
 
 class ImageDataset(Dataset):

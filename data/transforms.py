@@ -234,6 +234,14 @@ class RandomCropResize(RandomResizedCropAndInterpolation):
     The same random numbers choose the same crop of both.
     """
 
+    @staticmethod
+    def get_params(
+        img: Any, scale: Sequence[float], ratio: Sequence[float]
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop, a pixel at least; timm's is empty in very narrow images."""
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+        return top - (height < 1 <= top), left - (width < 1 <= left), max(height, 1), max(width, 1)
+
     def draw(
         self, height: int, width: int
     ) -> tuple[tuple[int, int, int, int], transforms.InterpolationMode]:

@@ -169,6 +169,12 @@ def load_weights(
     if averaged and not has_averaged_weights(content):
         _LOG.warning("%s has no averaged weights: taking the plain ones", source.path)
         averaged = False
+    elif source.kind == "weights" and not averaged and _has_two(content):
+        _LOG.warning(
+            "%s has averaged weights too, which may be those that its scores are of: they are taken with "
+            "TRAIN.EMA.ENABLE True, as in training, or MODEL.PRETRAINED_EMA True",
+            source.path,
+        )
     return load_pretrained(
         model,
         content,
@@ -177,6 +183,11 @@ def load_weights(
         use_ema=averaged,
         new_head=fresh,
     )
+
+
+def _has_two(content: Any) -> bool:
+    """Whether a file has averaged weights beside those that were trained."""
+    return isinstance(content, Mapping) and "model" in content and has_averaged_weights(content)
 
 
 def check_weights(

@@ -133,7 +133,12 @@ class TrainingRun:
         if epoch >= self.epochs:
             _LOG.info("nothing left to train: %d of %d epochs are done", epoch, self.epochs)
         trained = wrap(self.config, self.model, self.runtime)
-        with MetricsWriter(self.folder, self.runtime.rank, resume_step=step) as writer:
+        with MetricsWriter(
+            self.folder,
+            self.runtime.rank,
+            resume_step=None if done is None else step,
+            position=(epoch, batch),
+        ) as writer:
             if before is not None:
                 writer.write("eval", step, before)
             for number in range(epoch, self.epochs):

@@ -15,10 +15,22 @@ from .classification_metrics import Predictions, SetEvaluator
 
 FORMATS = (".csv", ".parquet")
 
+# What the names of a report's files begin with.
+REPORT_NAMES = ("per_class", "confusion")
+
 
 def check_predictions_file(name: str) -> None:
-    """ValueError unless predictions can be written to a file of this name."""
+    """ValueError unless predictions can be written to a file of this name in a run's folder."""
     suffix = Path(name).suffix
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(
+            f"TEST.PREDICTIONS='{name}' must be the name of a file in the run's folder"
+        )
+    if Path(name).name.startswith(REPORT_NAMES):
+        raise ValueError(
+            f"TEST.PREDICTIONS='{name}' must not begin with {' or '.join(REPORT_NAMES)}, as files of "
+            "TEST.REPORT do"
+        )
     if suffix not in FORMATS:
         raise ValueError(f"TEST.PREDICTIONS='{name}' must end in one of {list(FORMATS)}")
     if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

@@ -187,6 +187,7 @@ def test_missing_file_names_what_is_there(tmp_path):
             r"DFvT.DEPTHS=\[1, 0, 2, 1\] must be within \[1, inf\)",
         ),
         (["MODEL.DHVT.DEPTH", "0"], r"MODEL.DHVT.DEPTH=0 must be within \[1, inf\)"),
+        (["MODEL.DHVT.EMBED_DIM", "-4"], r"MODEL.DHVT.EMBED_DIM=-4 must be within \[1, inf\)"),
         (["DATA.IMG_SIZE", "[224]"], r"DATA.IMG_SIZE=\[224\] must be"),
         (["DATA.IMG_SIZE", "[1, 2, 3]"], r"DATA.IMG_SIZE=\[1, 2, 3\] must be"),
         (["THROUGHPUT_SIZE", "[800]"], r"THROUGHPUT_SIZE=\[800\] must be"),

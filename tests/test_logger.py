@@ -7,7 +7,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from logger import MetricsWriter, create_logger, muted
+from logger import MetricsWriter, create_logger, muted, until_logger
 
 # Swin's line: [time model] (file line): LEVEL message
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\S+)\] \((\S+) (\d+)\): (\w+) (.*)")
@@ -124,6 +124,51 @@ def test_lines_after_the_resume_step_move_away(tmp_path):
     moved = lines(tmp_path / "metrics.replaced.jsonl")
     assert json.loads(moved[0])["loss"] == 30
     assert len(moved) == 2
+
+
+def test_lines_of_an_unfinished_accumulation_move_away(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for batch in range(13):
+            writer.write("train", batch // 4, {"epoch": 1, "batch": batch})
+    # The checkpoint is of 2 steps, so of 8 batches.
+    with MetricsWriter(tmp_path, resume_step=2, tensorboard=False, position=(1, 8)) as writer:
+        writer.write("train", 2, {"epoch": 1, "batch": 8})
+    assert [r["batch"] for r in records(tmp_path)] == [*range(8), 8]
+    moved = [json.loads(line)["batch"] for line in lines(tmp_path / "metrics.replaced.jsonl")]
+    assert moved == [8, 9, 10, 11, 12]
+
+
+def test_a_fresh_run_moves_all_lines_of_an_earlier_one_away(tmp_path):
+    for loss in (1.0, 2.0):
+        with MetricsWriter(tmp_path, tensorboard=False) as writer:
+            writer.write("train", 0, {"loss": loss})
+    assert [r["loss"] for r in records(tmp_path)] == [2.0]
+    assert len(lines(tmp_path / "metrics.replaced.jsonl")) == 1
+
+
+def test_warnings_before_the_logger_come_first_in_it(tmp_path, capfd):
+    with until_logger():
+        logging.getLogger("early").info("nothing")
+        logging.getLogger("early").warning("boxes leave their image")
+    assert "boxes" not in "".join(capfd.readouterr())
+    create_logger(tmp_path, name="swin").info("started")
+    first, second = lines(tmp_path / "log_rank0.txt")
+    assert first.endswith("WARNING boxes leave their image")
+    assert second.endswith("INFO started")
+    assert capfd.readouterr().out.count("boxes leave") == 1
+    create_logger(tmp_path / "again", name="swin")
+    assert not lines(tmp_path / "again" / "log_rank0.txt")
+
+
+def test_warnings_before_an_error_are_said_with_it(capfd):
+    def check():
+        with until_logger():
+            logging.getLogger("early").warning("boxes leave their image")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        check()
+    assert "boxes leave their image" in capfd.readouterr().err
 
 
 def test_other_ranks_write_no_metrics(tmp_path):

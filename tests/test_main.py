@@ -279,6 +279,10 @@ def test_ema_is_evaluated_saved_and_scored_by_eval():
     )  # fmt: skip
     evaluation = json.loads((folder / "eval.json").read_text())
     assert evaluation["loss"] == pytest.approx(state["metrics"]["loss"], abs=1e-6)
+    log = folder / "log_rank0.txt"
+    assert "has averaged weights too" not in log.read_text()
+    run("--eval", "--resume", str(folder / "checkpoints" / "last.pth"))
+    assert "has averaged weights too" in log.read_text()
 
 
 def test_a_resumed_run_goes_on_in_batches_of_todays_size(trained, caplog):

@@ -16,6 +16,7 @@ import pickle
 import platform
 import re
 import shutil
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -85,6 +86,10 @@ def load_file(path: str | Path, mapped: bool = False) -> Any:
             f"{path} is no checkpoint: it is neither a .safetensors file nor what torch.save writes, a "
             f"zip archive or a pickle; it starts with {start!r}"
         )
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript program, not a checkpoint: give the one that it was made from"
+        )
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             mapped = mapped and start.startswith(b"PK")
@@ -97,11 +102,18 @@ def load_file(path: str | Path, mapped: bool = False) -> Any:
             raise ValueError(f"checkpoint {path} is damaged: {reason}") from error
         raise ValueError(
             f"checkpoint {path} would run code when loaded: it holds {', '.join(refused)}. If you trust "
-            "its author, convert it once: torch.save({'model': torch.load(path, weights_only=False)"
-            "['model']}, new_path)"
+            "its author, convert it once: torch.save({'model': weights}, new_path), where the weights are a "
+            "dict of tensors in torch.load(path, weights_only=False): its ['model'], of a whole module its "
+            ".state_dict(), of arrays torch.as_tensor of each"
         ) from error
     except (RuntimeError, EOFError, OSError, LookupError) as error:
         raise ValueError(f"checkpoint {path} is damaged or cut off: {error}") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    return False
 
 
 def save_safetensors(
@@ -253,7 +265,9 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"checkpoint {path} does not exist, nor does its folder"
     names = [p.name for p in path.parent.iterdir() if p.suffix in _SUFFIXES]
-    return f"checkpoint {path} does not exist; its folder has {nearest(path.name, names) or 'none'}"
+    near = nearest(path.name, names)
+    found = f"{len(names)} checkpoints, the nearest: {near}" if names else "none"
+    return f"checkpoint {path} does not exist; its folder has {found}"
 
 
 def _numpy_scalar(dtype: np.dtype, raw: bytes = b"") -> Any:
@@ -328,10 +342,11 @@ def choose_source(
     last = Path(last)
     if mode == "train":
         if auto_resume and last.is_file():
-            unused = (
-                f"; --resume {resume} is not used (TRAIN.AUTO_RESUME False would)" if resume else ""
-            )
-            return Source("resume", str(last), f"continuing {last} (auto-resume){unused}")
+            given = (("--resume", resume), ("--pretrained", pretrained))
+            named = " and ".join(f"{flag} {path}" for flag, path in given if path)
+            unused = f"; not used: {named} (TRAIN.AUTO_RESUME False, or another TAG, would)"
+            reason = f"continuing {last} (auto-resume){unused if named else ''}"
+            return Source("resume", str(last), reason)
         if resume:
             return Source("resume", _existing(resume), f"continuing {resume} (--resume)")
         if pretrained:

@@ -43,7 +43,12 @@ class FolderImages(ImageDataset):
     @cached_property
     def samples(self) -> list[tuple[str, int]]:
         """File and label of each image."""
-        return _Folder(self._root).samples
+        try:
+            return _Folder(self._root).samples
+        except FileNotFoundError as error:  # it does not say where
+            raise FileNotFoundError(
+                f"{self._root}: {error}; give each class an image, or remove it from both splits"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.samples)

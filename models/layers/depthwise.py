@@ -22,7 +22,11 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not compiled_for_cpu(x):
-            return super().forward(x)
-        weight = self.weight.reshape(self.groups, *self.kernel_size, 1).permute(0, 3, 1, 2)
+        if compiled_for_cpu(x):
+            weight = self.weight.reshape(self.groups, *self.kernel_size, 1).permute(0, 3, 1, 2)
+        elif self.weight.stride(1) > 1:
+            # The gradient then has these strides too, which DDP warns of else: PyTorch gives it the map's.
+            weight = self.weight.squeeze(1).unsqueeze(1)
+        else:
+            weight = self.weight
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)

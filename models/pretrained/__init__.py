@@ -136,9 +136,13 @@ def load_pretrained(
 
 def _read(source: str | Path | Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str]:
     """The content of `source`, and what messages call it."""
-    if isinstance(source, Mapping):
-        return source, name or "the given state"
-    return load_file(fetch(str(source))), name or str(source)
+    content = source
+    if isinstance(source, str | Path):
+        content, name = load_file(fetch(str(source))), name or str(source)
+    name = name or "the given state"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of weights")
+    return content, name
 
 
 def _fit_shapes(

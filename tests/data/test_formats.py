@@ -120,6 +120,14 @@ def test_a_folder_knows_whether_it_fills_a_batch_without_being_listed(tmp_path, 
     assert "samples" not in vars(dataset), "all images were listed"
 
 
+def test_a_class_without_images_is_named_with_its_split(tmp_path, write_images):
+    write_images(tmp_path, {"cat": 2, "ant": 3})
+    (tmp_path / "train" / "bee").mkdir()
+    dataset = create_dataset("folder", str(tmp_path), "train")
+    with pytest.raises(FileNotFoundError, match=r"/train: .*bee.*give each class an image"):
+        len(dataset)
+
+
 def test_a_missing_folder_is_named_with_the_expected_layout(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/train does not exist.*<class>/<image>"):
         create_dataset("imagenet", str(tmp_path / "nowhere"), "train")

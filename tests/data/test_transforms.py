@@ -160,6 +160,23 @@ def test_gray_images_of_32_bits_are_refused(values):
         to_image(Image.fromarray(values), 3)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 90)])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_a_crop_of_the_narrowest_image_has_a_pixel(size, arrays):
+    """timm's own has none at times: 1x300 gives crops of height 0."""
+    crop = RandomCropResize(
+        (32, 32), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic"
+    )
+    image = picture(*size)
+    for seed in range(200):
+        seed_all(seed)
+        out = crop(pixels(image) if arrays else image)
+        assert pixels(out).shape == (32, 32, 3)
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        assert 0 <= top < top + height <= size[0]
+        assert 0 <= left < left + width <= size[1]
+
+
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3)])
 def test_arrays_become_images(shape):
     image = to_image(np.full(shape, 7, np.uint8), 3)

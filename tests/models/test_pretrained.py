@@ -91,6 +91,16 @@ def test_every_container_and_prefix_loads(tmp_path, trained, container, prefix):
     assert report == LoadReport(report.source, report.loaded), "nothing missing, resized, left out"
 
 
+@pytest.mark.parametrize("content", [[{"w": torch.ones(1)}], torch.ones(1), None])
+def test_a_file_that_holds_no_dict_says_so(tmp_path, trained, content):
+    torch.save(content, tmp_path / "list.pth")
+    kind = type(content).__name__
+    with pytest.raises(ValueError, match=rf"list\.pth holds a {kind}, not a dict of weights"):
+        load_pretrained(trained, tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=f"given state holds a {kind}, not a dict"):
+        load_pretrained(trained, content)
+
+
 def test_checkpoints_with_their_configs_inside_load(tmp_path, trained):
     """Trap 10: torch >= 2.6 rejects old checkpoints."""
     config = CfgNode({"MODEL": {"TYPE": "toy"}})

@@ -323,6 +323,13 @@ def test_a_folder_names_the_checkpoints_in_it(tmp_path):
                 look(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_a_torchscript_program_is_called_one(tmp_path):
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth is a TorchScript program, not a checkpoint"):
+        load_file(tmp_path / "x.pth")
+
+
 def test_a_missing_file_names_what_is_there(tmp_path):
     save_checkpoint(tmp_path / "epoch_10.pth", {})
     with pytest.raises(
@@ -365,7 +372,8 @@ def test_training_prefers_its_own_last_checkpoint(files, tmp_path):
     both = {"resume": given, "pretrained": weights}
     source = choose_source("train", last, **both)
     assert (source.kind, source.path) == ("resume", last)
-    assert given in source.reason
+    assert f"not used: --resume {given} and --pretrained {weights} (" in source.reason
+    assert "not used" not in choose_source("train", last).reason
     assert "\n" not in source.reason
     source = choose_source("train", last, auto_resume=False, **both)
     assert (source.kind, source.path) == ("resume", given)

@@ -31,6 +31,17 @@ def test_it_is_a_grouped_convolution(stride, bias, layout, compiled):
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_has_the_strides_of_the_weight(layout):
+    """DistributedDataParallel warns of others, and copies."""
+    ours, _ = convolutions(1, False)
+    ours.to(memory_format=layout)
+    for of_map in (torch.contiguous_format, torch.channels_last):
+        ours.weight.grad = None
+        ours(torch.randn(2, 6, 5, 7).contiguous(memory_format=of_map)).sum().backward()
+        assert ours.weight.grad.stride() == ours.weight.stride()
+
+
 def test_compilers_are_told_that_its_weight_is_channels_last():
     ours, _ = convolutions(1, False)
     strides = []
