@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from config import load_config
-from logger import until_logger
 from modes import MODES, check, train
 from utils.arguments import parse_args
 from utils.distributed import barrier, cleanup, init_distributed, is_main
@@ -20,8 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(args.cfg, args.opts, flags)
         runtime = init_distributed(config.DEVICE, args.local_rank)
-        with until_logger():
-            check(config, runtime)
+        check(config, runtime)
     except (ValueError, FileNotFoundError) as error:
         # Once they know each other all processes are here, with the same error: one says it.
         try:

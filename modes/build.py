@@ -185,6 +185,27 @@ def load_weights(
     )
 
 
+def load_trained(config: CfgNode, device: torch.device) -> tuple[Backbone, list[str]]:
+    """The model with the weights of --resume or --pretrained, in eval mode, and its classes' names.
+
+    Names are those that the file holds; there may be none.
+
+    Raises:
+        ValueError: neither is given, or the weights do not fit.
+    """
+    last = output_dir(config) / "checkpoints" / "last.pth"
+    source = source_of(config, "throughput", last)
+    if source.kind == "scratch":
+        own = f", such as this run's own {last}" if last.is_file() else ""
+        raise ValueError(f"the weights are fresh and would guess: give --resume CHECKPOINT{own}")
+    content = load_file(fetch(source.path), mapped=True)
+    names = content.get("classes") if isinstance(content, Mapping) else None
+    names = [str(name) for name in names] if isinstance(names, Sequence) else []
+    model = build_placed(config, len(names) or known_classes(config), device).eval()
+    load_weights(config, model, source, content=content)
+    return model, names
+
+
 def _has_two(content: Any) -> bool:
     """Whether a file has averaged weights beside those that were trained."""
     return isinstance(content, Mapping) and "model" in content and has_averaged_weights(content)

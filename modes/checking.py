@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from config import MODE_KEYS, output_dir
 from data import Checked, check_data, check_evaluation, check_labels
-from logger import muted
+from logger import muted, until_logger
 from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
 from tasks import build_task
@@ -35,7 +35,7 @@ def check(config: CfgNode, runtime: Runtime) -> None:
     images of folders, which take long to list, are left to the run.
 
     What one process finds in its share of the data stops them all: each raises the error of the first that
-    has one.
+    has one. Warnings are left for the run's log.
 
     Raises:
         ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
@@ -43,6 +43,11 @@ def check(config: CfgNode, runtime: Runtime) -> None:
             processes that would start from different weights.
         FileNotFoundError: the data is not there.
     """
+    with until_logger():
+        _check_together(config, runtime)
+
+
+def _check_together(config: CfgNode, runtime: Runtime) -> None:
     found = source = None
     data = Checked([], {})
     try:

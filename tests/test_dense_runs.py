@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from modes import dense_evaluation
 from modes.build import check_batch_norm
 from modes.dense_evaluation import Drawing
 from tests.data.coco_files import rewrite, write_coco
+from tests.data.segmentation_files import write_image
 from tests.processes import interrupted_after_saving, run_on_two_processes
 from utils.amp import Amp
 from utils.distributed import Runtime
@@ -76,6 +78,26 @@ def test_what_one_process_finds_in_its_share_of_the_data_stops_both(tmp_path):
     assert first.rstrip().endswith("ended with 2")
     assert second == "ended with 2\n"
     assert not (tmp_path / "runs").exists()
+
+
+def test_labels_are_looked_for_in_the_shares_of_all_processes(tmp_path):
+    """Each has masks of one class, which alone would be nothing to learn from."""
+    for split, count in (("train", 2), ("val", 1)):
+        for label in range(count):
+            for kind in ("images", "annotations"):
+                pixels = np.full((48, 64), label, np.uint8)
+                write_image(tmp_path / kind / split / f"{label}.png", pixels)
+    (tmp_path / "classes.txt").write_text("ground\nvessel\nlesion\n")
+    command = ["--cfg", str(CONFIG_DIR / "_base_" / "smoke_seg.yaml"), "--opts"]
+    command += ["DATA.DATASET", "image_pairs", "DATA.PAIRS.CLASSES", "classes.txt"]
+    command += ["DATA.DATA_PATH", str(tmp_path), "DATA.BATCH_SIZE", "1"]
+    command += ["OUTPUT", str(tmp_path / "runs"), "TRAIN.MAX_STEPS", "1"]
+    run_on_two_processes(RUN, *command, timeout=240)
+    (log,) = tmp_path.rglob("log_rank0.txt")
+    said = [line for line in log.read_text().splitlines() if "occur in no mask" in line]
+    assert ["1 of 3" in said[0], "2 of 3" in said[1]] == [True, True]
+    assert said[0].endswith("of the train split: lesion")
+    assert said[1].endswith("of the val split: vessel, lesion")
 
 
 def test_scores_stay_when_a_picture_cannot_be_drawn(tmp_path, monkeypatch):

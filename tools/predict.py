@@ -9,6 +9,8 @@ Prints the most probable classes of each image, by the names that the checkpoint
 over it each map of `token_maps` that has the image's positions: attention, gates, granularities, and patches
 that were kept. One map's brightest place is its largest number; heads are averaged, and dropped patches dark.
 
+Detectors and segmenters: tools/predict_dense.py.
+
 With --cam there is Grad-CAM too, for every architecture: where the last map speaks for the predicted class,
 or for that of --class.
 """
@@ -30,15 +32,14 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import check_is_classifier, load_config, output_dir  # noqa: E402  found through the line above
+from config import check_is_classifier, load_config  # noqa: E402  found through the line above
 from data.build import build_finish, build_transform  # noqa: E402
 from data.registry import decode_image  # noqa: E402
 from models import Backbone  # noqa: E402
 from models.evit import kept_patches  # noqa: E402
 from models.layers.tokens import Size  # noqa: E402
-from modes.build import build_placed, known_classes, load_weights, source_of  # noqa: E402
+from modes.build import load_trained  # noqa: E402
 from utils.arguments import add_opts  # noqa: E402
-from utils.checkpoint import fetch, load_file  # noqa: E402
 from utils.distributed import choose_device, read_launch  # noqa: E402
 from utils.pictures import draw_values, save_picture, side_by_side  # noqa: E402
 from utils.spelling import nearest  # noqa: E402
@@ -61,21 +62,9 @@ class Predictor:
     """
 
     def __init__(self, config: Any):
-        check_is_classifier(config, "a class is predicted")
-        last = output_dir(config) / "checkpoints" / "last.pth"
-        source = source_of(config, "throughput", last)
-        if source.kind == "scratch":
-            own = f", such as this run's own {last}" if last.is_file() else ""
-            raise ValueError(
-                f"the weights are fresh and would guess: give --resume CHECKPOINT{own}"
-            )
-        content = load_file(fetch(source.path), mapped=True)
-        names = content.get("classes") if isinstance(content, Mapping) else None
-        self.names = list(names) if isinstance(names, Sequence) else []
+        check_is_classifier(config, "a class is predicted (tools/predict_dense.py finds more)")
         self.device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
-        num_classes = len(self.names) or known_classes(config)
-        self.model: Backbone = build_placed(config, num_classes, self.device).eval()
-        load_weights(config, self.model, source, content=content)
+        self.model, self.names = load_trained(config, self.device)
         self.transform = build_transform(config, training=False)
         self.finish = build_finish(config)
 
@@ -136,7 +125,7 @@ class Predictor:
     def name(self, label: int, num_classes: int) -> str:
         """Of a class: the checkpoint's, ImageNet's for 1000 of them, or its number."""
         if label < len(self.names):
-            return str(self.names[label])
+            return self.names[label]
         if num_classes == _imagenet().num_classes():
             return _imagenet().index_to_description(label)
         return f"class {label}"

@@ -15,7 +15,7 @@ from models import CONFIG_DIR, Backbone, create_model
 from modes.build import load_weights
 from tests.small_models import SMALL
 from tools import predict
-from utils.checkpoint import Source
+from utils.checkpoint import Source, load_file
 from utils.pictures import draw_values
 
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
@@ -169,16 +169,16 @@ def test_the_file_is_opened_once_and_gives_evaluation_s_weights(tmp_path, monkey
     program.main(["--cfg", SMOKE, "--output", str(tmp_path), "--opts", *averaging])
     path = str(tmp_path / "smoke_cls" / "default" / "checkpoints" / "last.pth")
     opened = []
-    read = predict.load_file
-    monkeypatch.setattr(predict, "load_file", lambda *a, **k: opened.append(a) or read(*a, **k))
     monkeypatch.setattr("models.pretrained.load_file", None)
-    monkeypatch.setattr("modes.build.load_file", None)
+    monkeypatch.setattr(
+        "modes.build.load_file", lambda *a, **k: opened.append(a) or load_file(*a, **k)
+    )
     for choice in ("True", "False"):
         options = [*averaging, "TRAIN.EMA.EVALUATE", choice]
         config = load_config(SMOKE, [*options, "MODEL.RESUME", path])
         predictor = predict.Predictor(config)
         with monkeypatch.context() as patch:
-            patch.setattr("modes.build.load_file", read)
+            patch.setattr("modes.build.load_file", load_file)
             like = create_model(SMOKE, num_classes=10)
             load_weights(config, like, Source("weights", path, ""))
         for name, tensor in like.state_dict().items():

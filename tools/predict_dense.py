@@ -1,0 +1,204 @@
+"""Say what a detector or a segmenter finds in images of which nothing is known, and draw it.
+
+    python tools/predict_dense.py --cfg configs/pvt/pvt_small_256_retinanet.yaml --resume best.pth street.jpg
+    python tools/predict_dense.py --cfg my_run.yaml --resume best.pth photos/*.jpg --draw out --json out.json
+
+Prints the objects of each image, the surest first, as class, score and box (x1, y1, x2, y2) in pixels of the
+file, or the classes that cover most of it; by the names that the checkpoint holds. Images are resized, looked
+at and scored as in evaluation (TEST). --draw writes a picture for each: the image, and beside it what was
+found. --json writes all of it: boxes as in COCO's results, masks as run lengths, labels as shares of pixels.
+
+For files as a benchmark wants them: --eval with TEST.REPORT True, see docs/dense.md.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import load_config  # noqa: E402  found through the line above
+from data import build_loader  # noqa: E402
+from data.loader import UnreadableImageError  # noqa: E402
+from data.masks import IGNORED  # noqa: E402
+from data.registry import CLASSIFICATION, DenseDataset  # noqa: E402
+from data.transforms import channel_stats  # noqa: E402
+from engine.train import to_device  # noqa: E402
+from modes.build import load_trained  # noqa: E402
+from modes.dense_evaluation import Drawing  # noqa: E402
+from tasks import build_task  # noqa: E402
+from utils.amp import Amp  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
+from utils.distributed import choose_device, read_launch  # noqa: E402
+
+# Objects of an image that are printed, and classes.
+SHOWN = 10
+
+
+class Photographs(DenseDataset):
+    """Image files without objects and labels, for either of the dense tasks; ids are their places."""
+
+    def __init__(self, files: Sequence[Path], classes: list[str]) -> None:
+        self.files, self.classes = list(files), classes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def describe(self, index: int) -> str:
+        return str(self.files[index])
+
+    def read(self, index: int) -> tuple[bytes, dict[str, Any]]:
+        path = self.files[index]
+        with Image.open(path) as image:  # reads the header only
+            size = image.size[::-1]
+        return path.read_bytes(), dict(
+            boxes=np.zeros((0, 4), np.float32),
+            labels=np.zeros(0, np.int64),
+            iscrowd=np.zeros(0, bool),
+            masks=None,
+            annotations=[],
+            mask=np.full(size, IGNORED, np.uint8),
+            image_id=index,
+            file=str(path),
+            size=size,
+        )
+
+
+def find(
+    config: Any, files: Sequence[Path], threshold: float = 0.3, folder: Path | None = None
+) -> list[dict[str, Any]]:
+    """What the config's model finds in each file.
+
+    Args:
+        threshold: score from which on an object counts.
+        folder: for pictures; None draws none.
+
+    Returns:
+        Per file dict(file, height, width), with `objects`, the surest first: dict(class, label, score, bbox
+        (x, y, width, height), and segmentation where the model makes masks); or with `labels`, the largest
+        first: dict(class, label, share of the pixels). With pictures their `picture`.
+
+    Raises:
+        ValueError: the task is classification, there are no weights, or they do not fit.
+        UnreadableImageError: a file is no image.
+    """
+    if config.TASK == CLASSIFICATION:
+        raise ValueError(
+            "TASK='classification' must be detection or segmentation: tools/predict.py says classes of images"
+        )
+    device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
+    model, names = load_trained(config, device)
+    names = names or [f"class {label}" for label in range(model.num_classes)]
+    task = build_task(config, len(names))
+    amp = Amp(device, config.AMP_DTYPE, config.AMP_ENABLE)
+    mean, std = channel_stats(config.DATA.MEAN, config.DATA.STD, config.MODEL.IN_CHANS)
+    drawing = folder and Drawing(model, task, amp, names, mean, std, folder)
+    results = []
+    for batch in build_loader(config, "val", device=device, dataset=Photographs(files, names)):
+        batch = to_device(batch, device, config.CHANNELS_LAST)
+        with torch.inference_mode(), amp.autocast():
+            (found,) = task.predict(model, batch)
+        (target,) = batch[1]
+        height, width = target["original_size"]
+        result = dict(file=target["file"], height=height, width=width)
+        if config.TASK == "detection":
+            result["objects"] = _objects(found, names, threshold)
+        else:
+            result["labels"] = _shares(found, names)
+        if drawing:
+            result["picture"] = str(drawing(batch, len(results)))
+        results.append(result)
+    return results
+
+
+def _objects(found: dict[str, Any], names: Sequence[str], threshold: float) -> list[dict[str, Any]]:
+    objects = []
+    for index in found["scores"].argsort(descending=True).tolist():
+        score, label = found["scores"][index].item(), found["labels"][index].item()
+        if score < threshold:
+            break
+        left, top, right, bottom = found["boxes"][index].tolist()
+        entry = {"class": names[label], "label": label, "score": round(score, 5)}
+        entry["bbox"] = [round(value, 2) for value in (left, top, right - left, bottom - top)]
+        if "masks" in found:
+            entry["segmentation"] = _as_text(found["masks"][index])
+        objects.append(entry)
+    return objects
+
+
+def _as_text(code: dict[str, Any]) -> dict[str, Any]:
+    counts = code["counts"]
+    return code | dict(counts=counts.decode() if isinstance(counts, bytes) else counts)
+
+
+def _shares(found: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    counts = torch.bincount(found.flatten().long().cpu(), minlength=len(names))[: len(names)]
+    return [
+        {"class": names[label], "label": label, "share": round(count / found.numel(), 5)}
+        for count, label in sorted(zip(counts.tolist(), range(len(names)), strict=True))[::-1]
+        if count
+    ]
+
+
+def describe(result: dict[str, Any]) -> str:
+    """One line on what `find` gives for a file."""
+    if "labels" in result:
+        parts = [f"{100 * entry['share']:.1f} % {entry['class']}" for entry in result["labels"]]
+    else:
+        parts = [
+            f"{entry['class']} {entry['score']:.2f} ({x:.0f}, {y:.0f}, {x + w:.0f}, {y + h:.0f})"
+            for entry in result["objects"]
+            for x, y, w, h in [entry["bbox"]]
+        ]
+    more = f", and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return f"{result['file']}: {', '.join(parts[:SHOWN]) or 'nothing'}{more}"
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Command line -> what `find` gives, which is printed too."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
+    parser.add_argument("--cfg", metavar="FILE", required=True, help="the experiment's YAML file")
+    parser.add_argument(
+        "--resume", metavar="FILE", help="checkpoint; needed unless the config names one"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.3, help="least score of objects (default: 0.3)"
+    )
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="for pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for all that is found")
+    add_opts(parser)
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    flags = {"MODEL.RESUME": args.resume} if args.resume else {}
+    try:
+        if not 0 <= args.threshold <= 1:
+            raise ValueError(f"--threshold {args.threshold} must be within [0, 1]")
+        if missing := [str(path) for path in args.images if not path.is_file()]:
+            raise FileNotFoundError(f"there are no files {missing[:5]}")
+        config = load_config(args.cfg, args.opts, flags)
+        results = find(config, args.images, args.threshold, args.draw)
+    except (ValueError, FileNotFoundError, UnreadableImageError) as error:
+        parser.error(str(error))
+    for result in results:
+        print(describe(result))
+        if "picture" in result:
+            print(f"  {result['picture']}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+if __name__ == "__main__":
+    main()
