@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from utils.checkpoint import load_file
+from utils.checkpoint_files import load_file
 
 from .transforms import WHOLE, Window
 

@@ -18,21 +18,14 @@ from models import Backbone, build_model
 from models.pretrained import LoadReport, has_averaged_weights, load_pretrained
 from tasks import sizes_vary
 from utils.amp import Amp
-from utils.checkpoint import (
-    Source,
-    check_classes,
-    check_training_state,
-    choose_source,
-    fetch,
-    is_url,
-    load_file,
-    restore,
-)
+from utils.checkpoint import check_training_state, restore
+from utils.checkpoint_files import fetch, is_url, load_file
 from utils.distributed import Runtime
 from utils.ema import ModelEma
 from utils.fingerprint import fingerprint
 from utils.memory import keep_freed_memory
 from utils.seeding import seed_everything, set_deterministic
+from utils.sources import Source, check_classes, choose_source
 
 _LOG = logging.getLogger(__name__)
 

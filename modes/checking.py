@@ -14,8 +14,8 @@ from optimizer import build_optimizer
 from tasks import build_task
 from tasks.classification_report import check_predictions_file
 from utils.amp import Amp
-from utils.checkpoint import Source
 from utils.distributed import Runtime, all_gather_object
+from utils.sources import Source
 
 from .build import (
     build_placed,

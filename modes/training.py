@@ -18,7 +18,8 @@ from logger import MetricsWriter
 from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
 from tasks import build_task
-from utils.checkpoint import Checkpointer, fetch
+from utils.checkpoint import Checkpointer
+from utils.checkpoint_files import fetch
 from utils.distributed import Runtime
 from utils.plotting import plot_training
 from utils.seeding import seed_everything

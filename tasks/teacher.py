@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import create_model
 from models.pretrained import has_averaged_weights, load_pretrained
-from utils.checkpoint import fetch, is_url, load_file
+from utils.checkpoint_files import fetch, is_url, load_file
 from utils.spelling import nearest
 
 _TIMM = "timm:"

@@ -48,7 +48,7 @@ from tests.small_models import SMALL
 from tests.test_fsdp import ARCHITECTURES, COMMON, DENSE, DENSE_OPTIONS, FSDP, SMOKE
 from utils import distributed
 from utils.amp import Amp
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint_files import save_checkpoint
 from utils.sharding import Gathered, WholeCopy, shard, whole
 from engine.train import _gradient_sync
 

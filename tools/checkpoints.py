@@ -6,7 +6,7 @@
     python tools/checkpoints.py inspect best.pth --keys
     python tools/checkpoints.py diff a.pth b.pth
 
-Nothing in a file is ever run: files load as in `utils/checkpoint.py`. What is written loads with
+Nothing in a file is ever run: files load as in `utils/checkpoint_files.py`. What is written loads with
 --pretrained, and with --resume for --eval. `--ema` takes the averaged weights of a file that has both kinds.
 """
 
@@ -32,7 +32,7 @@ from models.pretrained import (  # noqa: E402  found through the line above
     has_averaged_weights,
     strip_prefixes,
 )
-from utils.checkpoint import load_file, save_checkpoint, save_safetensors  # noqa: E402
+from utils.checkpoint_files import load_file, save_checkpoint, save_safetensors  # noqa: E402
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 SHOWN = 8  # names in an error message

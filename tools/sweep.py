@@ -36,7 +36,7 @@ from config import MODE_KEYS, dump, load_config, output_dir  # noqa: E402  found
 from modes.build import build_placed, known_classes  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.arguments import parse_args  # noqa: E402
-from utils.checkpoint import load_file  # noqa: E402
+from utils.checkpoint_files import load_file  # noqa: E402
 from utils.names import leaves  # noqa: E402
 from utils.plotting import read_metrics  # noqa: E402
 from utils.tables import write_rows  # noqa: E402

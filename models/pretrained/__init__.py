@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from utils.checkpoint import fetch, load_file
+from utils.checkpoint_files import fetch, load_file
 from utils.names import is_under_any
 from utils.spelling import nearest
 from utils.wrappers import unwrap

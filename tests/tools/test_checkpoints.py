@@ -14,7 +14,7 @@ import main as program
 from models import CONFIG_DIR, create_model
 from tests.small_models import SMALL
 from tools import checkpoints as tool
-from utils.checkpoint import load_file, save_checkpoint, save_safetensors
+from utils.checkpoint_files import load_file, save_checkpoint, save_safetensors
 
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
 

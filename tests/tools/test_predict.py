@@ -15,8 +15,9 @@ from models import CONFIG_DIR, Backbone, create_model
 from modes.build import load_weights
 from tests.small_models import SMALL
 from tools import predict
-from utils.checkpoint import Source, load_file
+from utils.checkpoint_files import load_file
 from utils.pictures import draw_values
+from utils.sources import Source
 
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
 EVIT = [
