@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +50,8 @@ def create_logger(
 ) -> logging.Logger:
     """Send all log lines of this process to the console (rank 0) and `log_rank{rank}.txt`.
 
-    A second call replaces the first one's console and file; handlers of others stay. What waits since
-    `until_logger` comes first.
+    A second call replaces the first one's console and file; handlers of others stay. What `kept_warnings`
+    has kept comes first.
 
     Args:
         output_dir: folder of the log file, created if needed; None writes no file.
@@ -75,12 +75,19 @@ def create_logger(
         handler.is_mixlab = True
         root.addHandler(handler)
     root.setLevel(logging.INFO)
-    _release(root.handle)
+    for record in _KEPT:
+        for handler in handlers:
+            handler.handle(record)
+    _KEPT.clear()
     return logging.getLogger(name)
 
 
-class _Waiting(logging.Handler):
-    """Keeps messages for the logger that a run has not made yet."""
+# Warnings of `kept_warnings`, for the next `create_logger`.
+_KEPT: list[logging.LogRecord] = []
+
+
+class _Keeper(logging.Handler):
+    """Collects warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -91,25 +98,23 @@ class _Waiting(logging.Handler):
 
 
 @contextmanager
-def until_logger() -> Iterator[None]:
-    """Warnings from here on appear in what the next `create_logger` sets up, on an error at once."""
-    root = logging.getLogger()
-    waiting = _Waiting()
-    root.addHandler(waiting)
+def kept_warnings() -> Iterator[None]:
+    """Keep the warnings of a block for the log that the next `create_logger` begins.
+
+    Handlers of others get them as ever. Where the block fails, and there are none, they are printed.
+    """
+    root, keeper = logging.getLogger(), _Keeper()
+    root.addHandler(keeper)
     try:
         yield
     except BaseException:
-        _release(logging.lastResort.handle)
+        root.removeHandler(keeper)
+        if not root.handlers and logging.lastResort is not None:
+            for record in keeper.records:
+                logging.lastResort.handle(record)
         raise
-
-
-def _release(handle: Callable[[logging.LogRecord], Any]) -> None:
-    """Give to `handle` what has been waiting, and wait no longer."""
-    root = logging.getLogger()
-    for waiting in [handler for handler in root.handlers if isinstance(handler, _Waiting)]:
-        root.removeHandler(waiting)
-        for record in waiting.records:
-            handle(record)
+    root.removeHandler(keeper)
+    _KEPT[:] = keeper.records
 
 
 @contextmanager
@@ -133,8 +138,8 @@ class MetricsWriter:
         output_dir: folder of `metrics.jsonl` and `tensorboard/`, created if needed.
         resume_step: the step that training continues from, None for a fresh run. Lines of later steps, of a
             fresh run all, move to `metrics.replaced.jsonl`: they will be made again.
-        position: epoch and batch that training continues with. Lines of the same step from there on, of an
-            accumulation that was not finished, move too.
+        position: epoch and batch that the run which wrote the lines would have continued with. Lines of the
+            same step from there on, of an accumulation or a score that was not saved, move too.
         tensorboard: False writes no TensorBoard files.
     """
 
@@ -155,7 +160,8 @@ class MetricsWriter:
         _keep_until(path, -1 if resume_step is None else resume_step, position)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._board = _tensorboard(folder / "tensorboard", resume_step or 0)
+            purged = 0 if resume_step is None else resume_step + 1
+            self._board = _tensorboard(folder / "tensorboard", purged)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` (numbers, text, one-element tensors) of `kind` train or eval at `step`."""
@@ -207,8 +213,10 @@ def _keep_until(path: Path, last_step: int, position: tuple[int, int]) -> None:
         try:
             record = json.loads(line)
             belongs = record["step"] <= last_step
-            if record["step"] == last_step and "batch" in record:
-                belongs = (record["epoch"], record["batch"]) < position
+            if record["step"] == last_step and "epoch" in record:
+                # The score of an epoch comes after its last batch.
+                place = (record["epoch"], record.get("batch", math.inf))
+                belongs = place < position
         except (ValueError, KeyError, TypeError):
             belongs = False
         (kept if belongs else replaced).append(line + "\n")
@@ -221,11 +229,11 @@ def _keep_until(path: Path, last_step: int, position: tuple[int, int]) -> None:
     os.replace(fresh, path)
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Any:
-    """A SummaryWriter that hides earlier scalars after `resume_step`; None, with a warning, without one."""
+def _tensorboard(folder: Path, purge_step: int) -> Any:
+    """A SummaryWriter that hides earlier scalars from `purge_step` on; None, with a warning, without one."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         _LOG.warning("no TensorBoard files (%s): pip install tensorboard", error)
         return None
-    return SummaryWriter(str(folder), purge_step=resume_step + 1)
+    return SummaryWriter(str(folder), purge_step=purge_step)

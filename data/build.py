@@ -237,7 +237,7 @@ def check_data(
     rank: int = 0,
     world_size: int = 1,
 ) -> Checked:
-    """What can be wrong with the data's keys and files before an image is read.
+    """What can be wrong with the data's keys and files; masks are read, of images with boxes the heads.
 
     Of masks, and of images with boxes, each process looks at its share. Only an evaluation whose results are
     recorded may do without objects or labels, as those of a test set are not known.

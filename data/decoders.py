@@ -2,7 +2,8 @@
 
 Every decoder accepts exactly the files that PIL accepts: what another library refuses, or might take
 although it is cut short, is left to PIL, whose word is final. So a damaged file is the same error, and the
-same sample is skipped, whatever the decoder. EXIF orientation is ignored by all of them, as PIL does.
+same sample is skipped, whatever the decoder. EXIF orientation is ignored by all of them, as PIL does; of gray
+values of 16 bits the upper 8 are taken.
 
 What differs is speed, and a little the numbers. On colour JPEGs all three run libjpeg-turbo with its exact
 inverse transform and smooth upsampling; the versions that they bring along may round single values
@@ -20,7 +21,7 @@ from functools import partial
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from .registry import decode_image
 
@@ -59,6 +60,11 @@ def make_decoder(name: str, *, in_chans: int = 3, min_side: int = 0) -> Decoder:
     if name == "pil":
         return partial(_decode_pil, min_side=min_side) if min_side else decode_image
     return partial({"cv2": _decode_cv2, "simplejpeg": _decode_simplejpeg}[name], in_chans, min_side)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether viewers would turn or mirror this image, because its EXIF orientation says so."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _decode_pil(content: bytes, min_side: int) -> Image.Image:

@@ -192,8 +192,8 @@ class MaskedImages(DenseDataset):
         name, image, _ = self._pairs[index]
         with open(image, "rb") as file:
             content = file.read()
-        size = self._size(index, io.BytesIO(content))
-        return content, dict(mask=self._mask(index, size), image_id=name, file=image)
+        mask = self._mask(index, lambda: self._size(index, io.BytesIO(content)))
+        return content, dict(mask=mask, image_id=name, file=image)
 
     def describe(self, index: int) -> str:
         return self._pairs[index][1]
@@ -207,7 +207,7 @@ class MaskedImages(DenseDataset):
         """
         _, image, mask = self._pairs[index]
         size = self._size(index, image)
-        labels = self._mask(index, size)
+        labels = self._mask(index, lambda: size)
         check_size(labels, size, mask, image)
         return np.bincount(labels.ravel()).nonzero()[0].tolist()
 
@@ -219,10 +219,11 @@ class MaskedImages(DenseDataset):
         except _DAMAGED as error:
             raise ValueError(f"{self._pairs[index][1]} cannot be read: {error}") from error
 
-    def _mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
+    def _mask(self, index: int, size: Callable[[], tuple[int, int]]) -> np.ndarray:
+        """Labels of an image; `size` gives its height and width where there is no mask."""
         path = self._pairs[index][2]
         if not path:
-            return np.full(size, IGNORED, np.uint8)
+            return np.full(size(), IGNORED, np.uint8)
         try:
             with open(path, "rb") as file:
                 mask = open_mask(file.read())
@@ -261,8 +262,8 @@ def check_labels(seen: Mapping[str, set[int]], classes: Sequence[str]) -> None:
         if not labels:
             raise ValueError(
                 f"no pixel of the {split} masks counts, all are {IGNORED} (ignored): there is nothing to "
-                "learn or to score; complete them, or correct the key that numbers them (--eval with "
-                "TEST.REPORT True writes predictions for images whose labels are not known)"
+                "learn or to score; complete them, or correct the keys that number them and say where they "
+                "lie (--eval with TEST.REPORT True writes predictions for images without labels)"
             )
         if split == "train" and len(labels) == 1:
             (label,) = labels

@@ -68,9 +68,15 @@ def to_image(image: Picture, in_chans: int) -> Image.Image:
 
 
 def _upper_bits(image: Image.Image) -> Image.Image:
-    """Gray values of 16 bits -> of 8; PIL's own conversion makes white of all that is above 255."""
+    """Gray values of 16 bits -> of 8; PIL's own conversion makes white of all that is above 255.
+
+    Of 32 bits they are bytes where none is above 255, and whole numbers of 16 bits otherwise.
+    """
     values = np.asarray(image)
-    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) >= 2**16:
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not image.mode.startswith("I;16") and low >= 0 and 1 < high <= 255:
+        return Image.fromarray(values.round().astype(np.uint8))
+    if image.mode == "F" or low < 0 or high >= 2**16:
         raise ValueError(
             f"its gray values have 32 bits (PIL's mode {image.mode}) and go from {values.min():g} to "
             f"{values.max():g}; save it with 8 or 16 bits"

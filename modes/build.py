@@ -162,7 +162,7 @@ def load_weights(
     if averaged and not has_averaged_weights(content):
         _LOG.warning("%s has no averaged weights: taking the plain ones", source.path)
         averaged = False
-    elif source.kind == "weights" and not averaged and _has_two(content):
+    elif config.EVAL_MODE and not (averaged or config.TRAIN.EMA.ENABLE) and _has_two(content):
         _LOG.warning(
             "%s has averaged weights too, which may be those that its scores are of: they are taken with "
             "TRAIN.EMA.ENABLE True, as in training, or MODEL.PRETRAINED_EMA True",

@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from config import MODE_KEYS, output_dir
 from data import Checked, check_data, check_evaluation, check_labels
-from logger import muted, until_logger
+from logger import kept_warnings, muted
 from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
 from tasks import build_task
@@ -31,11 +31,11 @@ from .planning import make_plan
 def check(config: CfgNode, runtime: Runtime) -> None:
     """Stop a run that cannot succeed before it writes anything.
 
-    The model is built without memory behind it; no image is read, of weights only names and shapes, and the
-    images of folders, which take long to list, are left to the run.
+    The model is built without memory behind it; of weights only names and shapes are read, of images their
+    masks and heads, and the images of folders, which take long to list, are left to the run.
 
     What one process finds in its share of the data stops them all: each raises the error of the first that
-    has one. Warnings are left for the run's log.
+    has one. Warnings are kept for the run's log.
 
     Raises:
         ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
@@ -43,25 +43,21 @@ def check(config: CfgNode, runtime: Runtime) -> None:
             processes that would start from different weights.
         FileNotFoundError: the data is not there.
     """
-    with until_logger():
-        _check_together(config, runtime)
-
-
-def _check_together(config: CfgNode, runtime: Runtime) -> None:
-    found = source = None
-    data = Checked([], {})
-    try:
-        source, data = _check(config, runtime)
-    except (ValueError, FileNotFoundError) as error:
-        found = error  # the other processes wait: they must hear of it
-    answers = all_gather_object((found, source, data.labels))
-    for error, *_ in answers:
-        if error is not None:
-            raise error
-    _check_sources([source for _, source, _ in answers], output_dir(config))
-    shares = [labels for *_, labels in answers]
-    together = {split: set().union(*(s[split] for s in shares)) for split in data.labels}
-    check_labels(together, data.classes)
+    with kept_warnings():
+        own_error = source = None
+        data = Checked([], {})
+        try:
+            source, data = _check_share(config, runtime)
+        except (ValueError, FileNotFoundError) as error:
+            own_error = error  # the other processes wait: they must hear of it
+        answers = all_gather_object((own_error, source, data.labels))
+        for error, *_ in answers:
+            if error is not None:
+                raise error
+        _check_sources([source for _, source, _ in answers], output_dir(config))
+        shares = [labels for *_, labels in answers]
+        together = {split: set().union(*(s[split] for s in shares)) for split in data.labels}
+        check_labels(together, data.classes)
 
 
 def _check_sources(sources: Sequence[Source | None], folder: Path) -> None:
@@ -80,12 +76,13 @@ def _described(start: tuple[str, str] | None) -> str:
     return path or kind or "nothing"
 
 
-def _check(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Checked]:
+def _check_share(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Checked]:
     """What this process can know -> where it would take weights from, and what it saw of the data."""
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
     if mode == "PLAN_MODE":
-        make_plan(config, runtime)
+        with muted():  # it is made again, and says it then
+            make_plan(config, runtime)
         return None, Checked([], {})
     if mode in ("train", "EVAL_MODE"):
         look = check_data if mode == "train" else check_evaluation
@@ -105,7 +102,7 @@ def _check(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Checked]:
         with muted():  # how long an epoch is, only the data says
             build_scheduler(config, optimizer, steps_per_epoch=1)
     if mode == "EVAL_MODE" and config.TEST.PREDICTIONS:
-        check_predictions_file(config.TEST.PREDICTIONS)
+        check_predictions_file(config.TEST.PREDICTIONS, config.TEST.REPORT)
     # Timing and counting take weights if they are given, and need none.
     kind = {"train": "train", "EVAL_MODE": "eval"}.get(mode, "throughput")
     source = find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")

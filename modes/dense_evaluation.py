@@ -88,16 +88,26 @@ class Drawing:
         mean: Sequence[float],
         std: Sequence[float],
         folder: Path,
+        **options: Any,
     ) -> None:
+        """`options` are those of the task's `picture`."""
+        self.options = options
         self.model, self.task, self.amp = model.eval(), task, amp
         self.classes, self.mean, self.std, self.folder = classes, mean, std, folder
 
-    def __call__(self, batch: tuple[torch.Tensor, list[dict[str, Any]]], number: int) -> Path:
-        """Draw a batch of one image -> the file, whose name has the number: folders may share names."""
+    def __call__(
+        self, batch: tuple[torch.Tensor, list[dict[str, Any]]], number: int, output: Any = None
+    ) -> Path:
+        """Draw a batch of one image -> the file, whose name has the number: folders may share names.
+
+        Args:
+            output: what the task predicts for it, if it is known.
+        """
         (image,), (target,) = batch
-        with torch.inference_mode(), self.amp.autocast():
-            (output,) = self.task.predict(self.model, batch)
+        if output is None:
+            with torch.inference_mode(), self.amp.autocast():
+                (output,) = self.task.predict(self.model, batch)
         picture = to_picture(image, self.mean, self.std, target["size"], target["original_size"])
         path = self.folder / f"{number:04d}_{Path(str(target['file'])).stem}.png"
-        save_picture(self.task.picture(picture, output, target, self.classes), path)
+        save_picture(self.task.picture(picture, output, target, self.classes, **self.options), path)
         return path

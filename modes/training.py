@@ -115,8 +115,9 @@ class TrainingRun:
         start = time.time()
         epoch, batch = self.config.TRAIN.START_EPOCH, 0
         done = before = None
+        position = (0, 0)  # of the checkpoint, in batches of then
         if self.source.kind == "resume":
-            epoch, batch, done = self.resume()
+            epoch, batch, done, position = self.resume()
         elif self.fresh_head:
             # It would find nothing in any image, and take as long as a trained one.
             _LOG.info("not scored before training: %s is fresh", ", ".join(self.fresh_head[:3]))
@@ -138,7 +139,7 @@ class TrainingRun:
             self.folder,
             self.runtime.rank,
             resume_step=None if done is None else step,
-            position=(epoch, batch),
+            position=position,
         ) as writer:
             if before is not None:
                 writer.write("eval", step, before)
@@ -234,8 +235,11 @@ class TrainingRun:
             epoch, batch = epoch + 1, 0
         return dict(epoch=epoch, step=step, batch=batch, sampler=sampler)
 
-    def resume(self) -> tuple[int, int, int]:
-        """Restore the run's state -> (epoch, batch) to continue with, in batches of today, and steps done."""
+    def resume(self) -> tuple[int, int, int, tuple[int, int]]:
+        """Restore the run's state -> epoch and batch to continue with, steps done, and the saved position.
+
+        The batch is one of today's size, the saved (epoch, batch) is in those of then.
+        """
         settings = hyper_parameters(self.config, self.optimizer)
         progress = self.checkpointer.resume(fetch(self.source.path))
         for group, current in zip(self.optimizer.param_groups, settings, strict=True):
@@ -252,7 +256,7 @@ class TrainingRun:
         # An epoch that ends here only by today's batches has not been scored.
         if batch == len(self.data.train) and progress["batch"] == 0:
             epoch, batch = epoch + 1, 0
-        return epoch, batch, progress["step"]
+        return epoch, batch, progress["step"], (progress["epoch"], progress["batch"])
 
     def scored_model(self) -> AbstractContextManager[nn.Module]:
         """The averaged model, if there is one, else the trained one; in one piece on this device."""

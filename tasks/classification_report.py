@@ -15,21 +15,16 @@ from .classification_metrics import Predictions, SetEvaluator
 
 FORMATS = (".csv", ".parquet")
 
-# What the names of a report's files begin with.
-REPORT_NAMES = ("per_class", "confusion")
+# Of a report.
+TABLES = ("per_class.csv", "confusion.csv")
 
 
-def check_predictions_file(name: str) -> None:
-    """ValueError unless predictions can be written to a file of this name in a run's folder."""
+def check_predictions_file(name: str, report: bool = False) -> None:
+    """ValueError unless predictions can be written to a file of this name, with `report` beside a report."""
     suffix = Path(name).suffix
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if report and name in TABLES:
         raise ValueError(
-            f"TEST.PREDICTIONS='{name}' must be the name of a file in the run's folder"
-        )
-    if Path(name).name.startswith(REPORT_NAMES):
-        raise ValueError(
-            f"TEST.PREDICTIONS='{name}' must not begin with {' or '.join(REPORT_NAMES)}, as files of "
-            "TEST.REPORT do"
+            f"TEST.PREDICTIONS='{name}' is a file that TEST.REPORT writes: give it another name"
         )
     if suffix not in FORMATS:
         raise ValueError(f"TEST.PREDICTIONS='{name}' must end in one of {list(FORMATS)}")

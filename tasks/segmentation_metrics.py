@@ -1,6 +1,7 @@
 """Metrics of semantic segmentation, exact over the pixels of all images of all processes."""
 
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from models.heads.pixels import IGNORED
 from utils.distributed import all_reduce_sum, gather_object
 from utils.pictures import remove_pictures
 from utils.tables import write_rows
+
+_LOG = logging.getLogger(__name__)
 
 
 class SegmentationEvaluator:
@@ -104,11 +107,11 @@ class SegmentationEvaluator:
             )
         self.confusion = counts[:-3].reshape(self.num_classes, self.num_classes)
         if not self.confusion.any():
+            problem = f"all {ignored} pixels of the masks are {IGNORED} (ignored)"
             if self.record:
+                _LOG.warning("no scores: %s", problem)
                 return {"images": images}
-            raise ValueError(
-                f"nothing to evaluate: all {ignored} pixels of the masks are {IGNORED} (ignored)"
-            )
+            raise ValueError(f"nothing to evaluate: {problem}")
         right = self.confusion.trace() / self.confusion.sum()
         ious = self.class_ious()
         return {

@@ -2,12 +2,13 @@ import json
 import logging
 import re
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from logger import MetricsWriter, create_logger, muted, until_logger
+from logger import MetricsWriter, create_logger, kept_warnings, muted
 
 # Swin's line: [time model] (file line): LEVEL message
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\S+)\] \((\S+) (\d+)\): (\w+) (.*)")
@@ -138,6 +139,19 @@ def test_lines_of_an_unfinished_accumulation_move_away(tmp_path):
     assert moved == [8, 9, 10, 11, 12]
 
 
+def test_a_score_that_was_not_saved_is_made_again(tmp_path):
+    for saved, kept in (((1, 4), [0]), ((2, 0), [0, 1])):
+        folder = tmp_path / str(saved[0])
+        with MetricsWriter(folder, tensorboard=False) as writer:
+            for epoch in range(2):
+                writer.write("train", 4 * epoch + 4, {"epoch": epoch, "batch": 3})
+                writer.write("eval", 4 * epoch + 4, {"epoch": epoch, "acc1": 50.0})
+        MetricsWriter(folder, resume_step=8, tensorboard=False, position=saved).close()
+        found = records(folder)
+        assert [r["epoch"] for r in found if r["kind"] == "train"] == [0, 1]
+        assert [r["epoch"] for r in found if r["kind"] == "eval"] == kept
+
+
 def test_a_fresh_run_moves_all_lines_of_an_earlier_one_away(tmp_path):
     for loss in (1.0, 2.0):
         with MetricsWriter(tmp_path, tensorboard=False) as writer:
@@ -146,29 +160,61 @@ def test_a_fresh_run_moves_all_lines_of_an_earlier_one_away(tmp_path):
     assert len(lines(tmp_path / "metrics.replaced.jsonl")) == 1
 
 
+@contextmanager
+def no_handlers():
+    """As in a program: pytest has handlers of its own, which come with each phase of a test."""
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, []
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers = before
+
+
 def test_warnings_before_the_logger_come_first_in_it(tmp_path, capfd):
-    with until_logger():
-        logging.getLogger("early").info("nothing")
-        logging.getLogger("early").warning("boxes leave their image")
-    assert "boxes" not in "".join(capfd.readouterr())
-    create_logger(tmp_path, name="swin").info("started")
+    with no_handlers():
+        for number in range(3):  # only what the last check has said counts
+            with kept_warnings():
+                logging.getLogger("early").info("nothing")
+                logging.getLogger("early").warning("boxes leave their image, %d", number)
+        assert "boxes" not in "".join(capfd.readouterr())
+        create_logger(tmp_path, name="swin").info("started")
+        create_logger(tmp_path / "again", name="swin")
     first, second = lines(tmp_path / "log_rank0.txt")
-    assert first.endswith("WARNING boxes leave their image")
+    assert first.endswith("WARNING boxes leave their image, 2")
     assert second.endswith("INFO started")
     assert capfd.readouterr().out.count("boxes leave") == 1
-    create_logger(tmp_path / "again", name="swin")
     assert not lines(tmp_path / "again" / "log_rank0.txt")
+
+
+def test_handlers_of_others_get_early_warnings_once(tmp_path):
+    seen = []
+
+    class Other(logging.Handler):
+        def emit(self, record):
+            seen.append(record.getMessage())
+
+    with no_handlers():
+        logging.getLogger().addHandler(Other())
+        with kept_warnings():
+            logging.getLogger("early").warning("boxes leave their image")
+        create_logger(tmp_path, name="swin")
+    assert seen == ["boxes leave their image"]
 
 
 def test_warnings_before_an_error_are_said_with_it(capfd):
     def check():
-        with until_logger():
+        with kept_warnings():
             logging.getLogger("early").warning("boxes leave their image")
             raise ValueError("stop")
 
-    with pytest.raises(ValueError, match="stop"):
-        check()
-    assert "boxes leave their image" in capfd.readouterr().err
+    with no_handlers():
+        with pytest.raises(ValueError, match="stop"):
+            check()
+        assert not logging.getLogger().handlers
+    assert capfd.readouterr().err == "boxes leave their image\n"
 
 
 def test_other_ranks_write_no_metrics(tmp_path):

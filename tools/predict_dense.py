@@ -12,10 +12,11 @@ For files as a benchmark wants them: --eval with TEST.REPORT True, see docs/dens
 """
 
 import argparse
+import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ sys.path.insert(0, str(ROOT))
 
 from config import load_config  # noqa: E402  found through the line above
 from data import build_loader  # noqa: E402
-from data.loader import UnreadableImageError  # noqa: E402
+from data.decoders import is_turned  # noqa: E402
+from data.formats.coco import stored_target  # noqa: E402
 from data.masks import IGNORED  # noqa: E402
-from data.registry import CLASSIFICATION, DenseDataset  # noqa: E402
+from data.registry import CLASSIFICATION, DenseDataset, decode_image  # noqa: E402
 from data.transforms import channel_stats  # noqa: E402
 from engine.train import to_device  # noqa: E402
 from modes.build import load_trained  # noqa: E402
@@ -41,6 +43,8 @@ from utils.amp import Amp  # noqa: E402
 from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import choose_device, read_launch  # noqa: E402
 
+_LOG = logging.getLogger(__name__)
+
 # Objects of an image that are printed, and classes.
 SHOWN = 10
 
@@ -48,8 +52,8 @@ SHOWN = 10
 class Photographs(DenseDataset):
     """Image files without objects and labels, for either of the dense tasks; ids are their places."""
 
-    def __init__(self, files: Sequence[Path], classes: list[str]) -> None:
-        self.files, self.classes = list(files), classes
+    def __init__(self, files: Sequence[Path], classes: Sequence[str] = ()) -> None:
+        self.files, self.classes = list(files), list(classes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,20 +62,26 @@ class Photographs(DenseDataset):
         return str(self.files[index])
 
     def read(self, index: int) -> tuple[bytes, dict[str, Any]]:
-        path = self.files[index]
-        with Image.open(path) as image:  # reads the header only
+        content = self.files[index].read_bytes()
+        with Image.open(io.BytesIO(content)) as image:  # reads the header only
             size = image.size[::-1]
-        return path.read_bytes(), dict(
-            boxes=np.zeros((0, 4), np.float32),
-            labels=np.zeros(0, np.int64),
-            iscrowd=np.zeros(0, bool),
-            masks=None,
-            annotations=[],
-            mask=np.full(size, IGNORED, np.uint8),
-            image_id=index,
-            file=str(path),
-            size=size,
-        )
+        record = dict(id=index, size=size, annotations=[])
+        target = stored_target(record, self.describe(index), masks=False)
+        return content, target | dict(mask=np.full(size, IGNORED, np.uint8))
+
+    def check_image(self, index: int) -> Collection[int]:
+        """ValueError if a file is no image; warns of one that viewers turn."""
+        try:
+            image = decode_image(self.files[index].read_bytes())
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.files[index]} cannot be read as an image: {error}") from error
+        if is_turned(image):
+            _LOG.warning(
+                "%s is taken as it is stored, and its EXIF orientation ignored: viewers turn it (to save it "
+                "turned: PIL's ImageOps.exif_transpose)",
+                self.files[index],
+            )
+        return ()
 
 
 def find(
@@ -89,20 +99,23 @@ def find(
         first: dict(class, label, share of the pixels). With pictures their `picture`.
 
     Raises:
-        ValueError: the task is classification, there are no weights, or they do not fit.
-        UnreadableImageError: a file is no image.
+        ValueError: the task is classification, a file is no image, there are no weights, or they do not fit.
     """
     if config.TASK == CLASSIFICATION:
         raise ValueError(
             "TASK='classification' must be detection or segmentation: tools/predict.py says classes of images"
         )
+    Photographs(files).check()
     device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
+    amp = Amp(device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
+    amp.set_float32_precision()
     model, names = load_trained(config, device)
+    model, _ = amp.prepare(model)
     names = names or [f"class {label}" for label in range(model.num_classes)]
     task = build_task(config, len(names))
-    amp = Amp(device, config.AMP_DTYPE, config.AMP_ENABLE)
     mean, std = channel_stats(config.DATA.MEAN, config.DATA.STD, config.MODEL.IN_CHANS)
-    drawing = folder and Drawing(model, task, amp, names, mean, std, folder)
+    shown = dict(threshold=threshold) if config.TASK == "detection" else {}
+    drawing = folder and Drawing(model, task, amp, names, mean, std, folder, **shown)
     results = []
     for batch in build_loader(config, "val", device=device, dataset=Photographs(files, names)):
         batch = to_device(batch, device, config.CHANNELS_LAST)
@@ -116,7 +129,7 @@ def find(
         else:
             result["labels"] = _shares(found, names)
         if drawing:
-            result["picture"] = str(drawing(batch, len(results)))
+            result["picture"] = str(drawing(batch, len(results), found))
         results.append(result)
     return results
 
@@ -186,9 +199,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"--threshold {args.threshold} must be within [0, 1]")
         if missing := [str(path) for path in args.images if not path.is_file()]:
             raise FileNotFoundError(f"there are no files {missing[:5]}")
+        if args.json and args.json.is_dir():
+            raise ValueError(f"--json {args.json} is a folder: name a file")
         config = load_config(args.cfg, args.opts, flags)
         results = find(config, args.images, args.threshold, args.draw)
-    except (ValueError, FileNotFoundError, UnreadableImageError) as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     for result in results:
         print(describe(result))

@@ -247,8 +247,8 @@ def missing_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"checkpoint {path} does not exist, nor does its folder"
     names = [p.name for p in path.parent.iterdir() if p.suffix in _SUFFIXES]
-    near = nearest(path.name, names)
-    found = f"{len(names)} checkpoints, the nearest: {near}" if names else "none"
+    near = ", ".join(nearest(path.name, names)[:3])
+    found = f"{len(names)} checkpoints, such as {near}" if names else "none"
     return f"checkpoint {path} does not exist; its folder has {found}"
 
 

@@ -45,7 +45,7 @@ def choose_source(
         if auto_resume and last.is_file():
             given = (("--resume", resume), ("--pretrained", pretrained))
             named = " and ".join(f"{flag} {path}" for flag, path in given if path)
-            unused = f"; not used: {named} (TRAIN.AUTO_RESUME False, or another TAG, would)"
+            unused = f"; not used: {named} (another TAG would, or TRAIN.AUTO_RESUME False)"
             reason = f"continuing {last} (auto-resume){unused if named else ''}"
             return Source("resume", str(last), reason)
         if resume:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
+from data.decoders import is_turned
 from data.registry import DenseDataset, missing, register_dataset
 
 _LOG = logging.getLogger(__name__)
@@ -98,10 +99,11 @@ class CocoImages(DenseDataset):
         try:
             with Image.open(path) as image:
                 found = image.size[::-1]
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                # To look for it reads a PNG to its end, so where it matters only.
+                turned = found != tuple(size) and is_turned(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        if tuple(size) != found:
+        if found != tuple(size):
             advice = "annotate the image as it is stored, or correct height and width"
             if turned:
                 advice = (
@@ -285,9 +287,9 @@ class _File:
     ) -> dict[int | str, list[dict[str, Any]]]:
         """Image id -> its annotations, numbered from 1 on over the file, with labels as categories."""
         found: dict[int | str, list[dict[str, Any]]] = {}
-        outside: list[str] = []
-        number = 0
-        reach = 0.0  # the largest coordinate
+        first_outside = ""
+        number = num_outside = 0
+        reach, whole = 0.0, True  # the largest coordinate, and whether all are whole numbers
         for number, (place, entry) in enumerate(self.entries("annotations"), start=1):
             image_id, category = entry.get("image_id"), entry.get("category_id")
             if type(image_id) not in (int, str) or image_id not in images:
@@ -303,8 +305,12 @@ class _File:
             size = images[image_id]["size"]
             box = self._box(place, entry)
             if _is_outside(box, size):
-                outside.append(f"{place} has {box} in an image of {size} (height, width)")
+                num_outside += 1
+                first_outside = (
+                    first_outside or f"{place} has {box} in an image of {size} (height, width)"
+                )
             reach = max(reach, box[0] + box[2], box[1] + box[3])
+            whole = whole and all(side == int(side) for side in box)
             kept = dict(
                 id=number,  # from 1: pycocotools takes 0 for "not found"
                 image_id=image_id,
@@ -318,18 +324,18 @@ class _File:
             found.setdefault(image_id, []).append(kept)
         if not number:
             _LOG.warning("%s has no annotation", self.path)
-        elif 0 < reach <= 1:
+        elif reach <= 1.001 and not whole:  # sums of shares may be rounded up
             self.fail(
                 "'annotations'",
                 f"all {number} boxes lie within one pixel: 'bbox' must be [x, y, width, height] in pixels, "
                 "not in shares of the image's sides",
             )
-        if outside:
-            corners = " (are they corners [x1, y1, x2, y2]?)" if 2 * len(outside) > number else ""
+        if num_outside:
+            corners = " (are they corners [x1, y1, x2, y2]?)" if 2 * num_outside > number else ""
             _LOG.warning(
                 "%s: %d of %d boxes leave their image%s, the first is %s; 'bbox' must be [x, y, width, "
                 "height], in pixels of the image as it is stored; boxes are cut off at its border",
-                *(self.path, len(outside), number, corners, outside[0]),
+                *(self.path, num_outside, number, corners, first_outside),
             )
         return found
 

@@ -17,11 +17,11 @@ from torchvision.models.detection.rpn import RPNHead
 from .boxes import AnchorGrid, best_candidates, check_overlaps, encode, flatten_level, match, sample
 from .nms import Suppression
 
-NO_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+UNIT_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 class ProposalNetwork(nn.Module):
-    """Where there is any object, from all levels of a pyramid; see `TwoStageHead` for the arguments."""
+    """Where there is any object, from all levels of a pyramid; arguments as in `TwoStageHead`, with rpn_."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class ProposalNetwork(nn.Module):
         check_overlaps(negative_iou, positive_iou, "RPN_")
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.batch, self.positive_fraction = batch, positive_fraction
+        # In training, and in evaluation.
         self.candidates = dict(zip((True, False), candidates, strict=True))
         self.suppress = {
             training: Suppression(nms_threshold, limit)
@@ -107,7 +108,9 @@ class ProposalNetwork(nn.Module):
             cls = cls + F.binary_cross_entropy_with_logits(
                 all_logits[i, chosen], truth, reduction="sum"
             )
-            wanted = encode(target["boxes"][matched[found]].float(), all_anchors[found], NO_WEIGHTS)
+            wanted = encode(
+                target["boxes"][matched[found]].float(), all_anchors[found], UNIT_WEIGHTS
+            )
             box = box + F.smooth_l1_loss(
                 all_deltas[i, found], wanted, reduction="sum", beta=self.smooth_l1_beta
             )

@@ -25,7 +25,8 @@ from .quads import filter_by_quads, from_real_spectrum, quad_table, real_spectru
 
 FOURIER_WAYS = ("auto", "fft", "matmul")
 
-# Height + width of maps whose way is not measured, and up to which it is matrix products by default.
+# Height + width of maps: up to the first, products are always fast enough that nothing is measured; up to the
+# second they are the way where nothing may be measured.
 _SMALL, _LARGE = 64, 200
 
 _CHOICES: dict[tuple[Any, ...], str] = {}
@@ -64,13 +65,13 @@ def fourier_filter(
         x = x.to(dtype)
         routing = None if routing is None else routing.to(dtype)
 
-        def run(way: str) -> Tensor:
-            if way == "fft":
+        def filtered(chosen: str) -> Tensor:
+            if chosen == "fft":
                 return _filter_by_fft(x, filters.to(dtype), routing)
             numbers = quad_table(filters) if table is None else table()
             return filter_by_quads(x, numbers.to(dtype), routing)
 
-        return run(_choose(x, run) if way == "auto" else way)
+        return filtered(_choose(x, filtered) if way == "auto" else way)
 
 
 def spectral_mlp(x: Tensor, layers: list[tuple[Tensor, Tensor]], shrink: float, way: str) -> Tensor:

@@ -3,7 +3,12 @@
 With cosine and sine rows of the DFT along each axis a map becomes four quarter spectra, the quads cc, cs, sc,
 ss (first letter: along H). X(+-kh, kw) = cc -+ ss - i (+-sc + cs), so multiplying by a complex filter and
 going back to a real map is a real 4x4 matrix per pair of frequencies. It needs no complex numbers and no FFT
-library: compilers and ONNX take it.
+library: compilers and ONNX take it. With S1, S2, D1 and D2 of `quad_table` it is
+
+    cc' =  S1 cc + S2 cs + D2 sc - D1 ss      sc' = -D2 cc + D1 cs + S1 sc + S2 ss
+    cs' = -S2 cc + S1 cs + D1 sc + D2 ss      ss' = -D1 cc - D2 cs - S2 sc + S1 ss
+
+in `filter_quads`, in `_multiply` in place, in `_gradient_of_filters` by its entries, and in the kernels.
 
 Shapes: B batch, H/W map, C channels, K filters of a bank, h = H//2 + 1, F = W//2 + 1;
         half spectra are (H, F), quads (h, F)
@@ -93,7 +98,10 @@ def _image_pieces(x: Tensor) -> Iterator[slice]:
 
 
 def _multiply(quads: Tensor, filters: Tensor, transposed: bool = False) -> Tensor:
-    """Quads times the 4 x 4 matrices of the filters (B or 1, 4, h, F, C), or times their transposes."""
+    """Quads times the 4 x 4 matrices of the filters (B or 1, 4, h, F, C), or times their transposes.
+
+    S2 and D2 change their signs when transposed. `to_cc` and the others are views of the result.
+    """
     s1, s2, d1, d2 = filters.unbind(1)
     sign = -1 if transposed else 1
     out = quads * s1[:, None, :, None]

@@ -221,7 +221,7 @@ WRONG = {
     "box of 3": (_set("bbox", [1, 2, 3], 1), r"annotations\[1\] 'bbox' is \[1, 2, 3\]"),
     "box of text": (_set("bbox", ["1", 2, 3, 4]), r"annotations\[0\] 'bbox' is \[\"1\", 2, 3, 4\]"),
     "negative width": (_set("bbox", [9, 2, -3, 4]), r"'bbox' is \[9, 2, -3, 4\]; .* of at least 0"),
-    "shares of sides": (_boxes(0.1, 0.2, 0.5, 0.8), r"all \d+ boxes lie within one pixel.*in shares"),
+    "shares of sides": (_boxes(0.3, 0.1, 0.7000001, 0.9), r"all \d+ boxes lie within one pixel.*in shares"),
     "area is text": (_set("area", "big"), r"annotations\[0\] 'area' is \"big\""),
     "negative area": (_set("area", -1.5), r"annotations\[0\] 'area' is -1.5"),
     "crowd 2": (_set("iscrowd", 2), r"annotations\[0\] 'iscrowd' is 2; it must be 0 or 1"),
@@ -329,9 +329,8 @@ def test_check_finds_images_of_another_size(tmp_path):
     write_coco(tmp_path)
     opened(tmp_path).check()
     Image.new("RGB", (64, 50)).save(tmp_path / "train2017/train_002.png")
-    with pytest.raises(
-        ValueError, match=r"train_002\.png has \[50, 64\].*2017\.json says \[48, 64\]"
-    ):
+    match = r"train_002\.png has \[50, 64\].*2017\.json says \[48, 64\].*correct height and width"
+    with pytest.raises(ValueError, match=match):
         opened(tmp_path).check()
 
 
@@ -361,6 +360,14 @@ def test_boxes_that_leave_their_image_are_warned_of(tmp_path, caplog):
     assert "[x, y, width, height]" in caplog.text
     assert f"1 of {len(content['annotations'])} boxes leave" in caplog.text
     assert "corners" not in caplog.text
+
+
+def test_boxes_of_one_pixel_stand_for_objects_that_are_not_known(tmp_path):
+    content = write_coco(tmp_path)["train"]
+    for entry in content["annotations"]:
+        entry["bbox"] = [0, 0, 1, 1]
+    rewrite(tmp_path, "train", content)
+    assert len(opened(tmp_path)) == len(content["images"])
 
 
 def test_corners_in_place_of_sides_are_suspected(tmp_path, caplog):

@@ -154,6 +154,12 @@ def test_gray_images_of_16_bits_keep_their_upper_8(dtype, in_chans):
     assert np.array_equal(found[..., 0], found[..., -1])
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_gray_images_of_32_bits_may_hold_bytes(dtype):
+    values = np.array([[0, 10], [200, 255]], dtype)
+    assert to_pixels(Image.fromarray(values), 1)[..., 0].tolist() == values.tolist()
+
+
 @pytest.mark.parametrize("values", [np.float32([[0.5]]), np.int32([[70000]]), np.int32([[-1]])])
 def test_gray_images_of_32_bits_are_refused(values):
     with pytest.raises(ValueError, match=r"32 bits.*save it with 8 or 16 bits"):

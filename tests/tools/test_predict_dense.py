@@ -6,10 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import main as program
 from models import CONFIG_DIR
+from tasks.detection import DetectionTask
 from tests.data.coco_files import write_coco
 from tests.data.segmentation_files import write_pairs
 from tools import predict_dense
@@ -65,6 +66,8 @@ def test_a_detector_finds_what_evaluation_finds(tmp_path, capsys):
         assert {e["segmentation"]["counts"] for e in result["objects"]} == codes
         with Image.open(result["picture"]) as picture:
             assert picture.height == image["height"]
+            few = np.asarray(picture)
+        assert (few != few[:, :1]).any()
     assert f"{files[0]}: " in capsys.readouterr().out
     assert predict_dense.main([files[0], *words, "--resume", last, "--threshold", "1", *opts]) == [
         dict(file=files[0], height=results[0]["height"], width=results[0]["width"], objects=[])
@@ -90,6 +93,38 @@ def test_a_segmenter_labels_what_evaluation_labels(tmp_path, capsys):
         assert sorted(shares.values(), reverse=True) == list(shares.values())
         assert {e["class"] for e in result["labels"]} <= {"ground", "vessel", "lesion"}
     assert "% " in capsys.readouterr().out
+
+
+def test_pictures_show_what_is_listed(tmp_path, monkeypatch):
+    write_coco(tmp_path)
+    words, opts, last = trained(tmp_path, "det", ["DATA.DATASET", "coco", *MASK_RCNN])
+    drawn, predicted = [], []
+    picture, predict = DetectionTask.picture, DetectionTask.predict
+    monkeypatch.setattr(
+        DetectionTask,
+        "picture",
+        lambda *args, **options: drawn.append(options) or picture(*args, **options),
+    )
+    monkeypatch.setattr(
+        DetectionTask, "predict", lambda *args: predicted.append(args) or predict(*args)
+    )
+    file = str(next((tmp_path / "val2017").iterdir()))
+    more = ["--threshold", "0.123", "--draw", str(tmp_path / "d")]
+    predict_dense.main([file, *words, "--resume", last, *more, *opts])
+    assert drawn == [dict(threshold=0.123)]
+    assert len(predicted) == 1, "what was found is drawn, not found again"
+
+
+def test_files_are_looked_at_before_the_model_is_built(tmp_path, capsys, caplog):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 8)).save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "text.jpg").write_text("no image")
+    files = [str(tmp_path / name) for name in ("turned.png", "text.jpg")]
+    with pytest.raises(SystemExit, match="2"):
+        predict_dense.main([*files, "--cfg", str(CONFIG_DIR / "_base_" / "smoke_seg.yaml")])
+    assert re.search(r"text\.jpg cannot be read as an image", capsys.readouterr().err)
+    assert re.search(r"turned\.png is taken as it is stored", caplog.text)
 
 
 @pytest.mark.parametrize(

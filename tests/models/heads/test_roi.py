@@ -37,6 +37,8 @@ def test_pooling_nothing_gives_nothing():
     levels = [torch.rand(1, 3, 8, 8, requires_grad=True)]
     pooled = pool(levels, [4], [torch.zeros(0, 4)], 7)
     assert pooled.shape == (0, 3, 7, 7)
+    pooled.sum().backward()  # an image without proposals must not stop training
+    assert not levels[0].grad.any()
 
 
 def test_mask_targets_are_the_masks_within_the_boxes():
