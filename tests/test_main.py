@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import main as program
+from logger import MetricsWriter
 from models import CONFIG_DIR
 from modes import training
 from tests.processes import free_port, interrupted_after_saving, run_on_two_processes
@@ -335,6 +336,36 @@ def test_an_epoch_that_ends_by_todays_batches_is_scored():
         run("--batch-size", "4", *size, "SAVE_STEPS", "6")
     folder = run("--batch-size", "12", *size)
     assert [line["epoch"] for line in lines(folder) if line["kind"] == "eval"] == [0]
+
+
+def test_a_resume_in_other_batches_loses_no_line():
+    epoch = ("--opts", "PRINT_FREQ", "1", "TRAIN.EPOCHS", "1")
+    with interrupted_after_saving(step=1):
+        run("--batch-size", "4", "--accumulation-steps", "2", *epoch, "SAVE_STEPS", "1")
+    folder = run("--batch-size", "8", *epoch)
+    found = [(line["step"], line["batch"]) for line in lines(folder) if line["kind"] == "train"]
+    assert found == [(0, 0), (1, 1), (2, 1), (3, 2), (4, 3)]
+    assert not (folder / "metrics.replaced.jsonl").exists()
+
+
+def test_batches_after_the_last_save_are_not_logged_twice(monkeypatch):
+    options = ("--batch-size", "4", "--accumulation-steps", "4")
+    epoch = ("--opts", "PRINT_FREQ", "1", "TRAIN.EPOCHS", "1", "SAVE_STEPS", "1")
+    write = MetricsWriter.write
+
+    def stop_within_a_window(self, kind, step, values):
+        write(self, kind, step, values)
+        if values.get("batch") == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", stop_within_a_window)
+        with pytest.raises(KeyboardInterrupt):
+            run(*options, *epoch)
+    folder = run(*options, *epoch)
+    assert [line["batch"] for line in lines(folder) if line["kind"] == "train"] == [*range(8)]
+    moved = (folder / "metrics.replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["batch"] for line in moved] == [4, 5]
 
 
 def test_a_step_is_counted_where_its_window_ends():
