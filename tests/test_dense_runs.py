@@ -117,6 +117,18 @@ def test_scores_stay_when_a_picture_cannot_be_drawn(tmp_path, monkeypatch):
     assert json.loads(evaluation.read_text())["images"] == 7
 
 
+def test_pictures_of_two_evaluations_do_not_mix(tmp_path):
+    command = ["--cfg", str(CONFIG_DIR / "_base_" / "smoke_seg.yaml")]
+    opts = ["--opts", "OUTPUT", str(tmp_path), *TINY, "TRAIN.MAX_STEPS", "1"]
+    program.main([*command, *opts])
+    (last,) = tmp_path.rglob("last.pth")
+    for count in (3, 1):
+        program.main(
+            [*command, "--eval", "--resume", str(last), *opts, "TEST.PICTURES", str(count)]
+        )
+        assert len(list((last.parent.parent / "pictures").iterdir())) == count
+
+
 def test_pictures_of_images_that_share_a_name_are_all_kept(tmp_path):
     picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
     task = SimpleNamespace(predict=lambda *_: [None], picture=lambda *_: picture)

@@ -145,6 +145,13 @@ class TestChoice:
             fourier_filter(*tensors((40, 41))[:2])
         assert ways == ["matmul", "matmul"]
 
+    def test_is_not_measured_while_a_cuda_graph_is_captured(self, monkeypatch):
+        monkeypatch.setattr(fourier, "is_captured", lambda x: True)
+        ways = self.runs(monkeypatch, dict(fft=0.1, matmul=1.0))
+        with torch.no_grad():
+            fourier_filter(*tensors((40, 41))[:2])
+        assert ways == ["matmul"]
+
     def test_is_matrix_products_where_a_compiler_records(self):
         class Filter(torch.nn.Module):
             def forward(self, x):

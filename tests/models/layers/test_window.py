@@ -253,6 +253,14 @@ def test_the_bias_is_kept_between_evaluation_forwards_only():
     assert copy.deepcopy(module)._cache is None
 
 
+def test_the_bias_of_a_cuda_graph_is_not_kept(monkeypatch):
+    monkeypatch.setattr(window, "is_captured", lambda x: True)
+    module = attention(WindowAttention, (6, 6), 3, 1).eval()
+    with torch.no_grad():
+        module(torch.randn(1, 6, 6, 8))
+    assert module._cache is None
+
+
 def test_a_bias_kept_under_inference_mode_does_not_break_training():
     module = attention(WindowAttention, (6, 6), 3, 1).eval()
     x = torch.randn(1, 6, 6, 8)
