@@ -440,6 +440,20 @@ def all_keys() -> list[str]:
     return sorted(key for key, _ in leaves(_C))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that comes twice in a section: YAML's own reader takes the last and drops the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{key.value}' comes twice: merge the two", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     """Merge BASE files depth first, then the file itself."""
     if not path.is_file():
@@ -453,9 +467,9 @@ def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
             f"BASE of {chain[-1]} leads back to {path}: files must not include each other"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold KEY: value pairs, got {type(content).__name__}")
     base = content.pop("BASE", None) or []

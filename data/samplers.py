@@ -95,14 +95,14 @@ class TrainBatchSampler(Sampler[list[Key]]):
                     "%s was %s and is %s: the rest of epoch %d is drawn in another order",
                     *(name, state[name], value, state["epoch"]),
                 )
+        start = min(state["images"] // self.global_batch, self.num_batches)
         again = state["images"] % self.global_batch
-        if again:
+        if again and start < self.num_batches:
             _LOG.warning(
                 "the checkpoint is %d images into epoch %d, not a multiple of the batch of %d: "
                 "%d images are seen again",
                 *(state["images"], state["epoch"], self.global_batch, again),
             )
-        start = min(state["images"] // self.global_batch, self.num_batches)
         self.set_position(state["epoch"], start)
         return self.epoch, self.start_batch
 

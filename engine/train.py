@@ -103,7 +103,7 @@ def train_epoch(
             final = index == end - 1
             batch = to_device(log.wait_for(batches, index), device, channels_last)
             with _gradient_sync(model, final):
-                with amp.autocast():
+                with _eager_unless_settled(model), amp.autocast():
                     losses = task.losses(model, batch)
                 amp.backward(losses["loss"] / (end - first_batch), optimizer, final)
             if final:
@@ -246,6 +246,14 @@ def _set_progress(module: nn.Module, step: int, schedule: Any) -> None:
         module.set_progress(
             step, schedule.total_steps, schedule.warmup_steps, schedule.steps_per_epoch
         )
+
+
+def _eager_unless_settled(model: nn.Module) -> AbstractContextManager[None]:
+    """No compiler while shapes in the model change from step to step: it would compile each of them."""
+    compiled = hasattr(model, "_orig_mod")  # so torch.compile names the module
+    if not compiled or getattr(unwrap(model), "settled", True):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _log_values(module: nn.Module) -> dict[str, Tensor | float]:

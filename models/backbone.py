@@ -49,6 +49,7 @@ class Backbone(nn.Module):
     training_outputs: tuple[str, ...] = ("logits",)
     task: str = "classification"  # what `forward` is for, as TASK names it
     min_batch: int = 1  # images that batch norms must see in training, so that they have a variance
+    settled: bool = True  # False while shapes inside change from step to step: nothing to compile
     # Modules whose batch norms TRAIN.SYNC_BN synchronises; none: all.
     synchronised: tuple[str, ...] = ()
 

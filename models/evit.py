@@ -170,6 +170,11 @@ class EViT(VisionTransformer):
             left = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
             self.keep_rates = [final + (1 - final) * left for final in self.final_rates]
 
+    @property
+    def settled(self) -> bool:
+        """Whether the keep rates are those before or after the shrinking, see `Backbone`."""
+        return self.keep_rates in ([1.0] * len(self.blocks), self.final_rates)
+
     def log_values(self) -> dict[str, Tensor | float]:
         """`keep_rate`: the smallest in force."""
         return {"keep_rate": min(self.keep_rates)}

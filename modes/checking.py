@@ -1,5 +1,6 @@
 """What can be known to be wrong before a run writes anything."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         check_labels(together, data.classes)
 
 
+def _check_writable(folder: Path) -> None:
+    """ValueError if a run's folder cannot be made, or nothing written into it."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"OUTPUT leads to {folder}, and {place} is a file: give another --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"OUTPUT leads to {folder}, and nothing can be written to {place}: give another --output"
+        )
+
+
 def _check_sources(sources: Sequence[Source | None], folder: Path) -> None:
     """ValueError unless all processes start from the same weights; those of each, by rank."""
     starts = [None if source is None else (source.kind, source.path) for source in sources]
@@ -78,6 +92,7 @@ def _described(start: tuple[str, str] | None) -> str:
 
 def _check_share(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Checked]:
     """What this process can know -> where it would take weights from, and what it saw of the data."""
+    _check_writable(output_dir(config))
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
     if mode == "PLAN_MODE":

@@ -12,6 +12,7 @@ from torch import nn
 
 from engine import evaluate, to_device, train_epoch
 from lr_scheduler import Schedule
+from models.evit import EViT
 from tasks.classification import ClassificationTask
 from utils.amp import Amp
 from utils.ema import ModelEma
@@ -104,6 +105,31 @@ def test_one_batch_of_digits_is_learnt_by_heart():
     assert last < first / 2
     scores = evaluate(model, ClassificationTask(10), [batch], device=CPU, amp=Amp())
     assert scores["acc1"] == 100.0
+
+
+def test_a_model_is_not_compiled_while_its_shapes_change():
+    """EViT's keep rate falls at each step: one graph before, one after."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def evit():
+        torch.manual_seed(0)
+        sizes = dict(patch_size=2, embed_dim=16, depth=2, num_heads=2, drop_loc=(1,))
+        sizes |= dict(img_size=8, in_chans=1, num_classes=10)
+        return EViT(keep_rate=0.5, shrink_start_epoch=1, shrink_epochs=2, **sizes)
+
+    plain, model = evit(), evit()
+    torch.compiler.reset()
+    batches = digits(24, batch_size=4)  # epochs of the schedule have 7 steps
+    compiled = torch.compile(model, backend=backend)
+    run(compiled, batches, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3))
+    run(plain, batches, lr=1e-3)
+    assert model.keep_rates == [1.0, 0.5]
+    torch.testing.assert_close(weights(model), weights(plain))
+    assert len(graphs) == 2
 
 
 def test_accumulated_batches_equal_one_large_batch():

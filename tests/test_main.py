@@ -724,6 +724,27 @@ def test_an_architecture_is_added_by_two_files(tmp_path):
     assert json.loads((folder / "info.json").read_text())["gmacs"] > 0
     state = last_state(folder)
     assert state["progress"]["step"] == 2
+    # The tests that every architecture has to pass.
+    (copy / "tests").symlink_to(ROOT / "tests")
+    names = ("contract", "build", "registry", "timm_registry", "compile", "freezing")
+    tests = [f"tests/models/test_{name}.py" for name in names]
+    words = [*("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "toyformer"), *tests]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=copy, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        program.main(["--cfg", SMOKE, "--output", "file"])
+    assert re.search(r"OUTPUT leads to file/.* is a file", capsys.readouterr().err)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(SystemExit):
+        run()
+    assert "nothing can be written to" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_info_of_weights_that_are_not_there_stops_before_any_work(capsys):

@@ -295,14 +295,38 @@ def _describe(value: Any) -> str:
 # -- command line --------------------------------------------------------------------------------
 
 
+def _check_output(options: argparse.Namespace, *files: str) -> None:
+    """ValueError if a file would be written over, or is given twice."""
+    places = [Path(file).resolve() for file in files]
+    if Path(options.output).resolve() in places:
+        raise ValueError(
+            f"{options.output} would be written over, and what else it holds be lost: name another file"
+        )
+    twice = [file for file, place in zip(files, places, strict=True) if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given more than once")
+
+
+def _mention_averages(options: argparse.Namespace, *files: str) -> None:
+    """Say that plain weights were taken where there are averaged ones too."""
+    for file in files:
+        content = load_file(file, mapped=True)
+        if not options.ema and "model" in content and has_averaged_weights(content):
+            print(f"{file} has averaged weights too, which --ema takes")
+
+
 def _average(options: argparse.Namespace) -> None:
+    _check_output(options, *options.files)
     weights, facts = average(options.files, options.ema)
+    _mention_averages(options, options.files[-1])
     write_weights(options.output, weights, facts)
     print(f"{options.output}: mean of {len(options.files)} files, {len(weights)} tensors")
 
 
 def _strip(options: argparse.Namespace) -> None:
+    _check_output(options, options.file)
     weights, facts = read_weights(options.file, options.ema)
+    _mention_averages(options, options.file)
     path = _output(options.output)
     write_weights(path, halved(weights) if options.half else weights, facts)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -313,7 +337,9 @@ def _strip(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    _check_output(options, options.file)
     weights, facts = read_weights(options.file, options.ema)
+    _mention_averages(options, options.file)
     write_weights(options.output, weights, facts)
     left = sorted({*load_file(options.file)} - {*weights, "model", "state_dict", *facts})
     print(f"{options.output}: {len(weights)} tensors; left out: {_short(left)}")
@@ -365,6 +391,7 @@ def _diff(options: argparse.Namespace) -> int:
     if options.top and len(far) > options.top:
         print(f"and {len(far) - options.top} more")
     print(f"{len(gaps) - len(far)} tensors agree within {options.tolerance:g}, {len(far)} do not")
+    _mention_averages(options, options.first, options.second)
     return int(bool(only_a or only_b or unlike or far))
 
 

@@ -132,7 +132,13 @@ class ParquetImages(ImageDataset):
 
     def _labels(self, path: Path, file: Any) -> np.ndarray:
         column = self._columns["LABEL"]
-        labels = file.read(columns=[column], use_threads=False).column(column).to_numpy()
+        values = file.read(columns=[column], use_threads=False).column(column)
+        if values.null_count:
+            raise ValueError(
+                f"{path}: '{column}' (DATA.PARQUET.LABEL) is missing (null) in {values.null_count} of "
+                f"{len(values)} rows; give each image a label, or leave those out"
+            )
+        labels = values.to_numpy()
         whole = labels.dtype.kind in "iu"
         if not whole or (len(labels) and labels.min() < 0):
             # Test splits of the Hub hide their labels as -1.

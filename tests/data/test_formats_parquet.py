@@ -119,6 +119,13 @@ def test_labels_without_names_must_leave_none_out(tmp_path):
         read(tmp_path, "val")
 
 
+def test_rows_without_a_label_are_counted(tmp_path):
+    write(tmp_path / "train.parquet", 0, [0, None, 1, None])
+    write(tmp_path / "val.parquet", 0, [0, 1])
+    with pytest.raises(ValueError, match=r"'label' .* is missing \(null\) in 2 of 4 rows"):
+        read(tmp_path)
+
+
 def test_rows_that_name_files_instead_of_holding_them_are_an_error(tmp_path):
     rows = pa.array(
         [dict(bytes=None, path="a.png")], pa.struct([("bytes", pa.binary()), ("path", pa.string())])

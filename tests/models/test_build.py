@@ -57,7 +57,7 @@ def test_every_python_entry_point_checks(entry_point):
 def test_every_stage_of_every_architecture_has_a_block(entry):
     keyword = next((word for word in ("depths", "depth") if word in entry.fields), None)
     assert keyword, (
-        f"{entry.name} counts its blocks by another name, which config._BLOCKS must have"
+        f"{entry.name} counts its blocks by another name, which config._COUNTS must have"
     )
     default = entry.fields[keyword].default
     none = 0 if isinstance(default, int) else [*default[:-1], 0]

@@ -94,11 +94,41 @@ def test_averages_of_a_run_take_the_averaged_weights_if_asked(trained, tmp_path,
                 assert torch.allclose(tensor, (a[name] + b[name]) / 2, atol=1e-7), name
             else:
                 assert torch.equal(tensor, b[name]), name
-    plain = save(tmp_path / "plain.pth", w=torch.ones(1))
+    plain, second = (save(tmp_path / f"{i}.pth", w=torch.ones(1)) for i in range(2))
     assert "no averaged weights: leave --ema out" in refused(
-        capsys, "average", plain, plain, "--ema", "--output", tmp_path / "x.pth"
+        capsys, "average", plain, second, "--ema", "--output", tmp_path / "x.pth"
     )
     assert "two files at least" in refused(capsys, "average", plain, "--output", tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["average", "a.pth", "b.pth", "--output", "./b.pth"], "b.pth would be written over"),
+        (["average", "a.pth", "b.pth", "./a.pth", "--output", "x.pth"], "is given more than once"),
+        (["strip", "a.pth", "--output", "a.pth"], "a.pth would be written over"),
+        (["convert", "a.pth", "a.pth"], "a.pth would be written over"),
+    ],
+)
+def test_no_input_is_written_over_or_counted_twice(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pth", "b.pth"):
+        save(name, w=torch.ones(1))
+    before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    assert message in refused(capsys, *words)
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+
+
+def test_averaged_weights_that_are_not_taken_are_mentioned(trained, tmp_path, capsys):
+    last, other = str(trained / "last.pth"), str(trained / "epoch_0.pth")
+    for words in (
+        ["strip", last, "--output", str(tmp_path / "a.pth")],
+        ["convert", last, str(tmp_path / "a.safetensors")],
+        ["diff", last, other],
+    ):
+        for flags, said in (([], True), (["--ema"], False)):
+            tool.main([*words, *flags])
+            assert ("has averaged weights too" in capsys.readouterr().out) == said
 
 
 # -- strip -----------------------------------------------------------------------------------------
@@ -288,11 +318,12 @@ class Evil:
 def test_no_command_runs_what_is_in_a_file(tmp_path, capsys):
     target, path = tmp_path / "hacked", tmp_path / "evil.pth"
     torch.save({"model": {"w": torch.ones(1)}, "evil": Evil(str(target))}, path)
+    save(tmp_path / "plain.pth", w=torch.ones(1))
     for command in (
         ["inspect", path],
         ["strip", path, "--output", tmp_path / "o.pth"],
         ["convert", path, tmp_path / "o.safetensors"],
-        ["average", path, path, "--output", tmp_path / "o.pth"],
+        ["average", path, tmp_path / "plain.pth", "--output", tmp_path / "o.pth"],
         ["diff", path, path],
     ):
         assert "would run code" in refused(capsys, *command)
