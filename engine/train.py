@@ -22,7 +22,7 @@ from utils.amp import Amp
 from utils.distributed import get_world_size, is_main
 from utils.ema import ModelEma
 from utils.meters import Mean, peak_memory_mib
-from utils.wrappers import unwrap
+from utils.wrappers import is_compiled, unwrap
 
 _LOG = logging.getLogger(__name__)
 
@@ -250,8 +250,7 @@ def _set_progress(module: nn.Module, step: int, schedule: Any) -> None:
 
 def _eager_unless_settled(model: nn.Module) -> AbstractContextManager[None]:
     """No compiler while shapes in the model change from step to step: it would compile each of them."""
-    compiled = hasattr(model, "_orig_mod")  # so torch.compile names the module
-    if not compiled or getattr(unwrap(model), "settled", True):
+    if not is_compiled(model) or getattr(unwrap(model), "settled", True):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 

@@ -64,7 +64,7 @@ def check(config: CfgNode, runtime: Runtime) -> None:
 def _check_writable(folder: Path) -> None:
     """ValueError if a run's folder cannot be made, or nothing written into it."""
     place = folder.absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # unlike Path.exists also where the parent may not be read
         place = place.parent
     if not place.is_dir():
         raise ValueError(f"OUTPUT leads to {folder}, and {place} is a file: give another --output")

@@ -19,10 +19,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _PARALLEL):
             model = model.module
-        elif hasattr(model, "_orig_mod"):  # how torch.compile names the compiled module
+        elif is_compiled(model):
             model = model._orig_mod
         else:
             return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile (or a wrapper that names its inside as that does) has made this module."""
+    return hasattr(model, "_orig_mod")
 
 
 def on_this_process(model: nn.Module) -> nn.Module:
