@@ -15,30 +15,20 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .batch_memory import BatchMemory, Slot
 from .finish import Erasure, Finish, RandomErasing
 from .label_maps import LabelMaps, MapLabel, MappedLabels
-from .registry import ImageDataset
+from .registry import DAMAGED, ImageDataset
 from .samplers import EvalBatchSampler, Key, TrainBatchSampler
 from .transforms import Picture, Transform, draw_window, to_image, to_pixels
 
 _LOG = logging.getLogger(__name__)
 
 # What PIL and the archive readers raise for a damaged or missing file.
-_READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
+_READ_ERRORS = (*DAMAGED, struct.error, zlib.error, zipfile.BadZipFile)
 # Unreadable images in a row after which skipping gives up: the disk is gone, not an image.
 _MAX_SKIPS = 100
 # Batches that a worker has on the way at a time.

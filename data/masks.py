@@ -15,7 +15,7 @@ from PIL import Image
 from models.heads.pixels import IGNORED, MAX_CLASSES
 
 from .listing import read_class_names
-from .registry import DenseDataset, missing
+from .registry import DAMAGED, DenseDataset, missing
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,8 +28,6 @@ MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 
 # Modes of PIL that hold one whole number per pixel.
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B")
-# What PIL raises for a damaged file.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class IndexMasks:
@@ -216,7 +214,7 @@ class MaskedImages(DenseDataset):
         try:
             with Image.open(file) as opened:
                 return opened.size[::-1]
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise ValueError(f"{self._pairs[index][1]} cannot be read: {error}") from error
 
     def _mask(self, index: int, size: Callable[[], tuple[int, int]]) -> np.ndarray:
@@ -227,7 +225,7 @@ class MaskedImages(DenseDataset):
         try:
             with open(path, "rb") as file:
                 mask = open_mask(file.read())
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         try:
             return self._labels(mask)

@@ -47,6 +47,18 @@ class Format:
 _FORMATS: dict[tuple[str, str], Format] = {}  # by task and name
 
 
+# What PIL raises for a damaged or missing file.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file -> decoded PIL image; ValueError that names it if it is none."""
+    try:
+        return decode_image(path.read_bytes())
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
 def decode_image(content: bytes) -> Image.Image:
     """An encoded image file in memory -> decoded PIL image; what PIL raises if it is damaged."""
     # Decoded here, so that a damaged file is noticed as this sample's.

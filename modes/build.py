@@ -15,7 +15,7 @@ from config import dump, output_dir
 from data import dataset_num_classes, published_num_classes
 from logger import create_logger, muted
 from models import Backbone, build_model
-from models.pretrained import LoadReport, has_averaged_weights, load_pretrained
+from models.pretrained import LoadReport, has_averaged_weights, has_both_weights, load_pretrained
 from tasks import sizes_vary
 from utils.amp import Amp
 from utils.checkpoint import check_training_state, restore
@@ -162,7 +162,9 @@ def load_weights(
     if averaged and not has_averaged_weights(content):
         _LOG.warning("%s has no averaged weights: taking the plain ones", source.path)
         averaged = False
-    elif config.EVAL_MODE and not (averaged or config.TRAIN.EMA.ENABLE) and _has_two(content):
+    elif (
+        config.EVAL_MODE and not (averaged or config.TRAIN.EMA.ENABLE) and has_both_weights(content)
+    ):
         _LOG.warning(
             "%s has averaged weights too, which may be those that its scores are of: they are taken with "
             "TRAIN.EMA.ENABLE True, as in training, or MODEL.PRETRAINED_EMA True",
@@ -197,11 +199,6 @@ def load_trained(config: CfgNode, device: torch.device) -> tuple[Backbone, list[
     model = build_placed(config, len(names) or known_classes(config), device).eval()
     load_weights(config, model, source, content=content)
     return model, names
-
-
-def _has_two(content: Any) -> bool:
-    """Whether a file has averaged weights beside those that were trained."""
-    return isinstance(content, Mapping) and "model" in content and has_averaged_weights(content)
 
 
 def check_weights(

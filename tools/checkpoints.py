@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from models.pretrained import (  # noqa: E402  found through the line above
     find_weights,
     has_averaged_weights,
+    has_both_weights,
     strip_prefixes,
 )
 from utils.checkpoint_files import load_file, save_checkpoint, save_safetensors  # noqa: E402
@@ -309,9 +310,8 @@ def _check_output(options: argparse.Namespace, *files: str) -> None:
 
 def _mention_averages(options: argparse.Namespace, *files: str) -> None:
     """Say that plain weights were taken where there are averaged ones too."""
-    for file in files:
-        content = load_file(file, mapped=True)
-        if not options.ema and "model" in content and has_averaged_weights(content):
+    for file in () if options.ema else files:
+        if has_both_weights(load_file(file, mapped=True)):
             print(f"{file} has averaged weights too, which --ema takes")
 
 

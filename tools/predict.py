@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import check_is_classifier, load_config  # noqa: E402  found through the line above
 from data.build import build_finish, build_transform  # noqa: E402
-from data.registry import decode_image  # noqa: E402
+from data.registry import read_image  # noqa: E402
 from models import Backbone  # noqa: E402
 from models.evit import kept_patches  # noqa: E402
 from models.layers.tokens import Size  # noqa: E402
@@ -80,10 +79,7 @@ class Predictor:
         Raises:
             ValueError: the file is no image, there is no such class, or the model has no last map.
         """
-        try:
-            image = decode_image(path.read_bytes())
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        image = read_image(path)
         pixels = torch.from_numpy(np.array(self.transform(image))).permute(2, 0, 1)
         images = self.finish(pixels[None].to(self.device))
         # Not in inference mode: a table that a model keeps from it could not be used by Grad-CAM.

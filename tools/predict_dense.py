@@ -33,7 +33,7 @@ from data import build_loader  # noqa: E402
 from data.decoders import is_turned  # noqa: E402
 from data.formats.coco import stored_target  # noqa: E402
 from data.masks import IGNORED  # noqa: E402
-from data.registry import CLASSIFICATION, DenseDataset, decode_image  # noqa: E402
+from data.registry import CLASSIFICATION, DenseDataset, read_image  # noqa: E402
 from data.transforms import channel_stats  # noqa: E402
 from engine.train import to_device  # noqa: E402
 from modes.build import load_trained  # noqa: E402
@@ -71,11 +71,7 @@ class Photographs(DenseDataset):
 
     def check_image(self, index: int) -> Collection[int]:
         """ValueError if a file is no image; warns of one that viewers turn."""
-        try:
-            image = decode_image(self.files[index].read_bytes())
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.files[index]} cannot be read as an image: {error}") from error
-        if is_turned(image):
+        if is_turned(read_image(self.files[index])):
             _LOG.warning(
                 "%s is taken as it is stored, and its EXIF orientation ignored: viewers turn it (to save it "
                 "turned: PIL's ImageOps.exif_transpose)",
@@ -144,14 +140,9 @@ def _objects(found: dict[str, Any], names: Sequence[str], threshold: float) -> l
         entry = {"class": names[label], "label": label, "score": round(score, 5)}
         entry["bbox"] = [round(value, 2) for value in (left, top, right - left, bottom - top)]
         if "masks" in found:
-            entry["segmentation"] = _as_text(found["masks"][index])
+            entry["segmentation"] = found["masks"][index]
         objects.append(entry)
     return objects
-
-
-def _as_text(code: dict[str, Any]) -> dict[str, Any]:
-    counts = code["counts"]
-    return code | dict(counts=counts.decode() if isinstance(counts, bytes) else counts)
 
 
 def _shares(found: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:

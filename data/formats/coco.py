@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data.decoders import is_turned
-from data.registry import DenseDataset, missing, register_dataset
+from data.registry import DAMAGED, DenseDataset, missing, register_dataset
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class CocoImages(DenseDataset):
                 found = image.size[::-1]
                 # To look for it reads a PNG to its end, so where it matters only.
                 turned = found != tuple(size) and is_turned(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         if found != tuple(size):
             advice = "annotate the image as it is stored, or correct height and width"

@@ -1,5 +1,6 @@
 """Convolution with a filter of its own for each channel."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if compiled_for_cpu(x):
             weight = self.weight.reshape(self.groups, *self.kernel_size, 1).permute(0, 3, 1, 2)
-        elif self.weight.stride(1) > 1:
+        elif torch.is_grad_enabled() and self.weight.stride(1) > 1:
             # The gradient then has these strides too, which DDP warns of else: PyTorch gives it the map's.
             weight = self.weight.squeeze(1).unsqueeze(1)
         else:

@@ -22,7 +22,7 @@ from ..backbone import CONSTANT_BUFFERS, Backbone
 from ..layers.grained import GrainedQueries
 from ..layers.tokens import to_pair
 from .classifier import classifier_names, remap_classifier, replace_classifier
-from .containers import find_weights, has_averaged_weights, strip_prefixes
+from .containers import find_weights, has_averaged_weights, has_both_weights, strip_prefixes
 from .dense import DENSE_PARTS, backbone_in, dense_differences, fit_dense_head, placed_in_dense
 from .imagenet import imagenet_1k_rows
 from .report import LoadReport, short
@@ -33,6 +33,7 @@ __all__ = [
     "LoadReport",
     "find_weights",
     "has_averaged_weights",
+    "has_both_weights",
     "imagenet_1k_rows",
     "load_pretrained",
     "strip_prefixes",

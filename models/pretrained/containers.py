@@ -24,6 +24,11 @@ def has_averaged_weights(content: Any) -> bool:
     )
 
 
+def has_both_weights(content: Any) -> bool:
+    """Whether a checkpoint's content has averaged weights beside those that were trained."""
+    return has_averaged_weights(content) and "model" in content
+
+
 def find_weights(
     content: Any, use_ema: bool = False, name: str = "the checkpoint"
 ) -> tuple[dict[str, Tensor], str]:
