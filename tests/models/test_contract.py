@@ -77,10 +77,13 @@ def images(size=SIZES[0], channels=3, batch=2):
     return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
 
 
+def flat(outputs):
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
 def total(outputs):
     """Mean square over one output, or several."""
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    return torch.stack([output.square().mean() for output in outputs]).sum()
+    return torch.stack([output.square().mean() for output in flat(outputs)]).sum()
 
 
 def without_finite_gradient(model):
@@ -206,6 +209,21 @@ def test_every_parameter_gets_a_finite_gradient(model):
 def test_every_parameter_of_a_dense_backbone_gets_a_finite_gradient(dense):
     total(dense.train().forward_pyramid(images())).backward()
     assert not without_finite_gradient(dense)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_tensor_is_made_on_another_device_than_the_input(model, training):
+    """Pointwise operations refuse to mix the device "meta" and a CPU, as they refuse a GPU and a CPU."""
+    set_dense_evaluation(model, True)  # which rows to keep is unknown without values
+    model.to("meta").train(training)
+    x = images().to("meta")
+    outputs = model(x)
+    assert {output.device.type for output in flat(outputs)} == {"meta"}
+    if training:
+        total(outputs).backward()
+        assert all(p.grad.device.type == "meta" for p in model.parameters())
+    if not model.drops_tokens:
+        assert {level.device.type for level in model.forward_pyramid(x)} == {"meta"}
 
 
 @torch.no_grad()
