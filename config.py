@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 import models  # noqa: F401  importing it registers every architecture
@@ -27,6 +26,7 @@ from utils.names import leaves
 from utils.sharding import check_sharding
 from utils.spelling import nearest
 from utils.wrappers import CUDA_GRAPH_MODES
+from utils.yaml_files import settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -315,7 +315,8 @@ def load_config(
         FileNotFoundError: a file does not exist.
     """
     config = _C.clone()
-    _merge_file(config, Path(cfg_file), chain=())
+    for key, value, file in settings(Path(cfg_file)):
+        _set(config, key, value, str(file))
     opts = list(opts)
     if len(opts) % 2:
         raise ValueError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {opts}")
@@ -438,49 +439,6 @@ def output_dir(config: CfgNode) -> Path:
 def all_keys() -> list[str]:
     """Every config key with its full path, sorted."""
     return sorted(key for key, _ in leaves(_C))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that comes twice in a section: YAML's own reader takes the last and drops the others."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"'{key.value}' comes twice: merge the two", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _merge_file(config: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
-    """Merge BASE files depth first, then the file itself."""
-    if not path.is_file():
-        near = nearest(path.stem, [p.stem for p in path.parent.glob("*.yaml")])
-        named = f" named in BASE of {chain[-1]}" if chain else ""
-        raise FileNotFoundError(
-            f"config file {path}{named} does not exist; {path.parent} has {near or 'no YAML file'}"
-        )
-    if path.resolve() in chain:
-        raise ValueError(
-            f"BASE of {chain[-1]} leads back to {path}: files must not include each other"
-        )
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML in UTF-8: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold KEY: value pairs, got {type(content).__name__}")
-    base = content.pop("BASE", None) or []
-    parents = [base] if isinstance(base, str) else base
-    if not isinstance(parents, list) or not all(isinstance(p, str | None) for p in parents):
-        raise ValueError(f"BASE={base!r} in {path} must be a YAML file, or a list of them")
-    for parent in parents:
-        if parent:
-            _merge_file(config, path.parent / parent, (*chain, path.resolve()))
-    for key, value in leaves(content):
-        _set(config, key, value, str(path))
 
 
 def _check_range(key: str, value: Any) -> None:

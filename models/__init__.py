@@ -137,11 +137,11 @@ def _variants() -> dict[str, Path]:
             content = yaml.load(
                 path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             )
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             _LOG.warning("%s is no variant, it cannot be read as YAML: %s", path, error)
             continue
-        model = (content or {}).get("MODEL") or {}
-        if model.get("NAME") == path.stem:
+        model = content.get("MODEL") if isinstance(content, dict) else None
+        if isinstance(model, dict) and model.get("NAME") == path.stem:
             found[path.stem] = path
     return found
 

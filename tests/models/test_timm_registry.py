@@ -157,11 +157,14 @@ def test_registering_builds_nothing_and_twice_changes_nothing():
         timm.create_model("mixlab_probe")
 
 
-def test_a_broken_yaml_file_is_no_variant_and_does_not_stop_the_import(
-    tmp_path, monkeypatch, caplog
+@pytest.mark.parametrize("broken", [b"MODEL: [", b"\xff\xfe"])
+@pytest.mark.parametrize("other", [b"- a list", b"5", b"MODEL: swin", b""])
+def test_yaml_files_of_other_kinds_are_no_variants_and_do_not_stop_the_import(
+    broken, other, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "broken.yaml").write_text("MODEL: [")
+    (tmp_path / "new" / "broken.yaml").write_bytes(broken)
+    (tmp_path / "new" / "other.yaml").write_bytes(other)
     (tmp_path / "new" / "good.yaml").write_text("MODEL: {NAME: good}")
     monkeypatch.setattr(models, "CONFIG_DIR", tmp_path)
     with caplog.at_level(logging.WARNING):
