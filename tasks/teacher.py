@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
+from data.registry import CLASSIFICATION
 from models import create_model
 from models.pretrained import has_averaged_weights, load_pretrained
 from utils.checkpoint_files import fetch, is_url, load_file
@@ -168,9 +169,15 @@ def _build(section: str, name: str, pretrained: bool, sizes: dict[str, int]) -> 
     """The network with fresh weights, or with timm's published ones."""
     if not name.startswith(_TIMM):
         try:
-            return create_model(name, **sizes)
+            network = create_model(name, **sizes)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{section}.TEACHER='{name}': {error}") from error
+        if network.task != CLASSIFICATION:
+            raise ValueError(
+                f"{section}.TEACHER='{name}' is a model for {network.task}: name a classifier, whose scores "
+                "of images can be learnt"
+            )
+        return network
     try:
         return timm.create_model(name.removeprefix(_TIMM), pretrained=pretrained, **sizes)
     except OSError as error:  # those of urllib and of the hub are OSErrors

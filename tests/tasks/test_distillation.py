@@ -22,6 +22,7 @@ from tests.test_engine_train import schedule_for
 from utils.amp import Amp
 
 SMOKE = str(CONFIG_DIR / "_base_" / "smoke_cls.yaml")
+DETECTOR = str(CONFIG_DIR / "_base_" / "smoke_det.yaml")
 STUDENT = dict(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3)
 
 
@@ -251,6 +252,7 @@ def test_without_a_device_a_teacher_is_looked_at_only(tmp_path):
         ("deit_tiny_patch16_224", "no.pth", r"TEACHER_WEIGHTS='no\.pth' does not exist"),
         ("deit_tiny_patch61_224", "here", r"TEACHER='deit_tiny_patch61_224': no model is named"),
         ("nowhere.yaml", "here", r"TEACHER='nowhere\.yaml': config file nowhere\.yaml"),
+        (DETECTOR, "here", r"smoke_det\.yaml' is a model for detection: name a classifier"),
         ("timm:regnety_161", "", r"timm has no such model; perhaps one of .*regnety_160"),
         (
             "timm:regnety_160.no_such",
