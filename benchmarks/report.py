@@ -1,6 +1,7 @@
 """What a run found: rows, costs, the fingerprint of the machine; as JSON, table and picture."""
 
 import copy
+import itertools
 import json
 import re
 import statistics
@@ -14,6 +15,9 @@ from matplotlib.figure import Figure
 from benchmarks.contestants import Contestant
 from models.layers.grained import set_dense_evaluation
 from utils.complexity import Complexity, count
+
+# Okabe and Ito's, which colour-blind readers tell apart, without those that are pale on white.
+_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"]
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -178,18 +182,20 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     figure = Figure(figsize=(6.5 * len(modes), 4.8), layout="constrained")
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         rows = {row["model"]: row for row in result["rows"] if row["mode"] == mode}
+        shapes, colours = itertools.cycle("osD^vPX*"), itertools.cycle(_COLOURS)
         points = {}
         for name, row in rows.items():
             work = result["costs"][name][mode]
             points[name] = (work["gmacs"] + work["fft_gmacs"], row["img_per_s"])
-        for name, (gmacs, speed) in points.items():
+        # The legend in the order of the picture, from above.
+        for name in sorted(points, key=lambda name: -points[name][1]):
             rival = rows[name].get("baseline")
             if rival is None:
-                axes.plot(gmacs, speed, "o", mfc="white", mec="#888888")
+                axes.plot(*points[name], "o", mfc="white", mec="#888888")
                 continue
-            axes.plot(*zip(points[rival], (gmacs, speed), strict=True), color="#cccccc", zorder=1)
-            axes.plot(gmacs, speed, "o", color="#3b6fb6")
-            axes.annotate(name, (gmacs, speed), (4, 4), textcoords="offset points", fontsize=7)
+            axes.plot(*zip(points[rival], points[name], strict=True), color="#cccccc", zorder=1)
+            axes.plot(*points[name], next(shapes), color=next(colours), label=name)
+        axes.legend(fontsize=7, frameon=False)
         front = [p for n, p in sorted(points.items(), key=lambda n: n[1]) if _leads(p, points)]
         axes.plot(*zip(*front, strict=True), "--", color="#d1662a", linewidth=1, zorder=0)
         axes.set(xscale="log", yscale="log", title=mode)
@@ -200,7 +206,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
             axis.set_minor_formatter("{x:g}")
         axes.tick_params(which="both", labelsize=7)
         axes.grid(color="#e4e4e4", which="both", linewidth=0.5)
-    figure.suptitle("MixLab (blue) and baselines (white); dashed: fastest of its size or larger")
+    figure.suptitle("MixLab and baselines (white); dashed: fastest of its size or larger")
     figure.savefig(picture, dpi=130)
 
 
