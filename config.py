@@ -120,7 +120,7 @@ _C.TRAIN.BASE_LR = 5e-4  # for 512 images per step, see LR_SCALING
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.LR_SCALING = "linear"  # linear: x (images per step) / 512 | base: BASE_LR only | none
-_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 is off
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 is off, and so is None
 _C.TRAIN.AUTO_RESUME = True  # continue from the output folder's last.pth, if there is one
 _C.TRAIN.ACCUMULATION_STEPS = 1  # forward passes per optimizer step; 0 means 1, as in DFvT
 _C.TRAIN.USE_CHECKPOINT = False  # recompute activations in the backward pass
@@ -143,6 +143,7 @@ _C.TRAIN.LR_SCHEDULER.POWER = 0.9  # poly: exponent
 _C.TRAIN.OPTIMIZER = CfgNode()
 # adamw | sgd | fused_adam | fused_lamb (Apex) | any timm optimizer
 _C.TRAIN.OPTIMIZER.NAME = "adamw"
+# With these two values, timm's optimizers have their own.
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
@@ -314,17 +315,17 @@ def load_config(
             the message names key, value, choices and the nearest right spelling.
         FileNotFoundError: a file does not exist.
     """
-    config = _C.clone()
-    for key, value, file in settings(Path(cfg_file)):
-        _set(config, key, value, str(file))
+    given = [(key, value, str(file)) for key, value, file in settings(Path(cfg_file))]
     opts = list(opts)
     if len(opts) % 2:
         raise ValueError(f"--opts takes pairs of KEY VALUE, got {len(opts)} words: {opts}")
-    for key, value in zip(opts[::2], opts[1::2], strict=True):
-        _set(config, str(key), value, "--opts")
-    for key, value in (flags or {}).items():
-        _set(config, key, value, "the command line")
-    config.BASE = [""]
+    pairs = zip(map(str, opts[::2]), opts[1::2], strict=True)
+    given += [(key, value, "--opts") for key, value in pairs]
+    given += [(key, value, "the command line") for key, value in (flags or {}).items()]
+    config = _C.clone()
+    kind = {key: value for key, value, _ in given}.get("MODEL.TYPE", config.MODEL.TYPE)
+    for key, value, source in given:
+        _set(config, key, value, source, str(kind))
     validate(config)
     config.freeze()
     return config
@@ -455,14 +456,20 @@ def _get(config: CfgNode, key: str) -> Any:
     return node
 
 
-def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set one key after checking that it exists and that the value has its type."""
+def _set(config: CfgNode, key: str, value: Any, source: str, kind: str) -> None:
+    """Set a key of a config of the architecture `kind`, after checking that it exists, and the type."""
+    if key == "BASE":
+        raise ValueError(f"BASE = {value!r} in {source}: only YAML files name their parents")
     if key in rules.INERT:
         default, reason = rules.INERT[key]
         if (rules.decoded(value) if isinstance(value, str) else value) != default:
             _LOG.warning("%s=%r (%s) has no effect: %s", key, value, source, reason)
         return
-    key = _ALIASES.get(_spelling(key), _spelling(key))
+    key = _spelling(key)
+    if key in _ALIASES:
+        if key.split(".")[1] != registry.find(kind).node:
+            return  # a section that nothing reads: Swin writes all of them into its files
+        key = _ALIASES[key]
     *path, name = key.split(".")
     node: Any = config
     for part in path:

@@ -67,7 +67,7 @@ def make_plan(config: CfgNode, runtime: Runtime) -> Plan:
                 first=schedule.weight_decay_at(0),
                 last=schedule.weight_decay_at(schedule.total_steps),
             ),
-            optimizer=dict(_lower(train.OPTIMIZER), clip_grad=train.CLIP_GRAD),
+            optimizer=dict(_lower(train.OPTIMIZER), clip_grad=train.CLIP_GRAD or 0.0),
             ema=_lower(train.EMA),
             **_of_the_task(config, model),
             architecture=dict(type=config.MODEL.TYPE, **_lower(config.MODEL[own])),

@@ -194,7 +194,7 @@ class TrainingRun:
             step=step,
             first_batch=first_batch,
             accumulation_steps=self.window,
-            clip_grad=config.TRAIN.CLIP_GRAD,
+            clip_grad=config.TRAIN.CLIP_GRAD or 0.0,
             ema=self.ema,
             followers=[self.copy.module] if self.copy else [],
             channels_last=config.CHANNELS_LAST,

@@ -325,6 +325,26 @@ def test_other_optimizers_keep_their_own_numbers_where_the_config_has_its_defaul
     assert list(optimizer.DEFAULT_BETAS) == shared.BETAS
 
 
+def test_swin_writes_every_section_and_only_the_own_one_counts(tmp_path):
+    """Its dumped configs have MODEL.SWIN.IN_CHANS and MODEL.SWINV2.IN_CHANS, whichever is built."""
+    text = "MODEL: {TYPE: Swin, SWIN: {IN_CHANS: 1}, SWINV2: {IN_CHANS: 3}}"
+    file = write(tmp_path / "a.yaml", text)
+    assert load_config(file).MODEL.IN_CHANS == 1
+    assert load_config(file, ["MODEL.IN_CHANS", "4"]).MODEL.IN_CHANS == 4
+    assert load_config(file, ["MODEL.TYPE", "swinv2"]).MODEL.IN_CHANS == 3
+
+
+def test_parents_are_named_in_files_alone():
+    with pytest.raises(ValueError, match=r"BASE = .* in --opts: only YAML files"):
+        load_config(DFVT_TINY, ["BASE", "['x.yaml']"])
+
+
+def test_gradients_are_not_clipped_at_none(tmp_path):
+    assert (
+        load_config(write(tmp_path / "a.yaml", "TRAIN: {CLIP_GRAD: null}")).TRAIN.CLIP_GRAD is None
+    )
+
+
 def test_values_from_the_command_line_are_read_as_literals():
     opts = ["MODEL.DFvT.DEPTHS", "[1,1,1,1]", "DATA.IMG_SIZE", "(64, 96)", "TRAIN.BASE_LR", "1e-3"]
     opts += [

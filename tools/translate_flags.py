@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import load_config  # noqa: E402  found through the line above
 from models import list_models, registry, variant_file  # noqa: E402
+from optimizer import DEFAULT_EPS, OWN_OPTIMIZERS  # noqa: E402
 from utils.arguments import FLAGS as OWN_FLAGS  # noqa: E402
 from utils.spelling import nearest  # noqa: E402
 
@@ -86,8 +87,13 @@ def _optimizer(name: str, _: argparse.Namespace) -> Settings:
     return {"TRAIN.OPTIMIZER.NAME": apex.get(name, name)}
 
 
-def _lmdb(_: bool, __: argparse.Namespace) -> Settings:
-    return {"DATA.DATASET": "lmdb"}
+def _decay_epochs(epochs: float, _: argparse.Namespace) -> Settings:
+    return {"TRAIN.LR_SCHEDULER.DECAY_EPOCHS": int(epochs) if epochs.is_integer() else epochs}
+
+
+def _lmdb(_: bool, values: argparse.Namespace) -> Settings:
+    """Only the data set of ImageNet looks at it."""
+    return {"DATA.DATASET": "lmdb"} if values.data_set == "IMNET" else {}
 
 
 def _distillation(kind: str, values: argparse.Namespace) -> Settings:
@@ -127,7 +133,7 @@ FLAGS: dict[str, Flag] = {
     "--model-ema": Flag(bool, None, _average, opposite=True),
     "--model-ema-decay": Flag(float, None, "TRAIN.EMA.DECAY"),
     "--opt": Flag(str, "adamw", _optimizer),
-    "--opt-eps": Flag(float, 1e-8, "TRAIN.OPTIMIZER.EPS"),
+    "--opt-eps": Flag(float, DEFAULT_EPS, "TRAIN.OPTIMIZER.EPS"),
     "--opt-betas": Flag([float], None, "TRAIN.OPTIMIZER.BETAS"),
     "--clip-grad": Flag(float, 0.0, "TRAIN.CLIP_GRAD"),
     "--momentum": Flag(float, 0.9, "TRAIN.OPTIMIZER.MOMENTUM"),
@@ -137,7 +143,7 @@ FLAGS: dict[str, Flag] = {
     "--unscale-lr": Flag(bool, None, lambda *_: {"TRAIN.LR_SCALING": "none"}),
     "--warmup-lr": Flag(float, 1e-6, "TRAIN.WARMUP_LR"),
     "--min-lr": Flag(float, 1e-5, "TRAIN.MIN_LR"),
-    "--decay-epochs": Flag(int, 30, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS"),
+    "--decay-epochs": Flag(float, 30.0, _decay_epochs),
     "--warmup-epochs": Flag(int, 5, "TRAIN.WARMUP_EPOCHS"),
     "--decay-rate": Flag(float, 0.1, "TRAIN.LR_SCHEDULER.DECAY_RATE"),
     "--color-jitter": Flag(float, 0.4, "AUG.COLOR_JITTER"),
@@ -248,12 +254,12 @@ MODELS = {
 _TYPES = ("deit", "dilateformer", "dhvt", "evit", "pvt", "dpvt", "deit_dge", "pvt_dge")
 
 
-def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
-    """A command line -> the variant's file, the settings that differ from it, remarks, and processes.
+def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], list[str]]:
+    """A command line -> the variant's file, the settings that differ from it, remarks, and what starts it.
 
     Args:
         words: a launcher and a program (all up to the first word that ends in .py, if there is one) may come
-            first.
+            first; the launcher stays, and starts main.py.
 
     Raises:
         ValueError: an unknown flag, model or value; says which is near.
@@ -262,6 +268,7 @@ def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
     launch, own = words[: program + 1], words[program + 1 :]
     parser = _Parser(add_help=False)
     parser.add_argument("--model", default="deit_base_patch16_224")
+    parser.add_argument("--dr", type=float, dest=_place("--decay-rate"))
     for name, flag in (FLAGS | EVIT_FLAGS | DGE_FLAGS).items():
         _add(parser, name, flag)
     for name, (count, _) in WITHOUT.items():
@@ -283,11 +290,16 @@ def translate(words: Sequence[str]) -> tuple[Path, Settings, list[str], int]:
     remarks = [
         f"{name}: {why}" for name, (_, why) in WITHOUT.items() if _given(values, name) is not None
     ]
+    name = settings["TRAIN.OPTIMIZER.NAME"]
+    if name not in OWN_OPTIMIZERS and settings["TRAIN.OPTIMIZER.EPS"] == DEFAULT_EPS:
+        remarks.append(
+            f"--opt-eps: with {DEFAULT_EPS}, which those programs have, {name} has its own here"
+        )
     if launch and launch[-1].endswith(SUBMIT):
         nodes, gpus = values.nodes or 2, values.ngpus or 8  # its defaults
         job = f"python tools/submit.py --nodes {nodes} --gpus {gpus} --"
         remarks.append(f"{SUBMIT}: `{job}` in place of `python main.py` starts as many processes")
-    return path, differing, remarks, _processes(launch)
+    return path, differing, remarks, [*(launch[:-1] or ["python"]), "main.py"]
 
 
 def _settings(values: argparse.Namespace, kind: str) -> Settings:
@@ -370,17 +382,9 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _processes(words: Sequence[str]) -> int:
-    """What a launcher is told by --nproc_per_node; 1 without."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1)
-    return parser.parse_known_args(list(words))[0].nproc_per_node
-
-
-def to_command(path: Path, settings: Settings, processes: int = 1) -> str:
+def to_command(path: Path, settings: Settings, start: Sequence[str]) -> str:
     """Our command line; keys that have a flag of their own are given by it."""
-    words = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
-    words += ["main.py", "--cfg", str(path.relative_to(ROOT))]
+    words = [*start, "--cfg", str(path.relative_to(ROOT))]
     rest = dict(settings)
     for flag, key, kind, _ in OWN_FLAGS:
         if key in rest and (not isinstance(kind, bool) or rest[key] is kind):
@@ -411,16 +415,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="+", metavar="WORD", help="the command line, after --")
     args = parser.parse_args(argv)
     try:
-        path, settings, remarks, processes = translate(args.words)
-    except (ValueError, FileNotFoundError) as error:
+        path, settings, remarks, start = translate(args.words)
+        target = Path(args.yaml or ROOT / "configs" / path.parent.name / "experiment.yaml")
+        text = to_yaml(path, settings, target)
+        if args.yaml:
+            target.write_text(text)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    target = Path(args.yaml or ROOT / "configs" / path.parent.name / "experiment.yaml")
-    text = to_yaml(path, settings, target)
-    print(to_command(path, settings, processes), text, sep="\n\n")
+    print(to_command(path, settings, start), text, sep="\n\n")
     for remark in remarks:
         print(f"# without counterpart: {remark}")
-    if args.yaml:
-        target.write_text(text)
 
 
 if __name__ == "__main__":

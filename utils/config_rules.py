@@ -19,6 +19,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "TRAIN.WARMUP_EPOCHS": (int, float),
     "TRAIN.WEIGHT_DECAY_END": (float, type(None)),
     "TRAIN.BCE_THRESHOLD": (float, type(None)),
+    "TRAIN.CLIP_GRAD": (float, type(None)),
     "AUG.CUTMIX_MINMAX": (list, type(None)),
 }
 ELEMENTS: dict[str, tuple[type, ...]] = {

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from config import load_config
-from tools import translate_flags
 from tools.translate_flags import DGE_FLAGS, EVIT_FLAGS, FLAGS, ROOT, WITHOUT, main, translate
 from utils.arguments import parse_args
 
@@ -137,6 +136,22 @@ def test_every_flag_of_the_five_programs_is_in_the_table():
             "dhvt/dhvt_tiny_imagenet_patch16",
             {"DATA.DATASET": "lmdb"},
         ),
+        (
+            "--model dhvt_tiny_imagenet_patch16 --batch-size 128 --warmup-epochs 10 --use-lmdb "
+            "--data-set clipart",
+            "dhvt/dhvt_tiny_imagenet_patch16",
+            {"DATA.DATASET": "domainnet", "DATA.DOMAINNET.DOMAINS": ["clipart"]},
+        ),
+        (
+            "--model deit_tiny_patch16_224 --batch-size 128 --opt lamb --sched step --dr 0.2 "
+            "--decay-epochs 40.0",
+            "deit/deit_tiny_patch16_224",
+            {
+                "TRAIN.OPTIMIZER.NAME": "lamb",
+                "TRAIN.LR_SCHEDULER.NAME": "step", "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.2,
+                "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": 40,
+            },
+        ),
         # DeiT III's published settings.
         (
             "--model deit_small_patch16_224 --batch-size 256 --lr 4e-3 --epochs 800 --weight-decay 0.05 "
@@ -177,17 +192,34 @@ def test_flags_without_counterpart_are_named_where_they_are_given():
 
 
 @pytest.mark.parametrize(
-    ("launch", "processes"),
+    ("flags", "remarked"), [("", False), ("--opt lamb", True), ("--opt lamb --opt-eps 1e-7", False)]
+)
+def test_an_eps_that_would_be_the_optimizers_own_is_said(flags, remarked):
+    remarks = translate(["--model", "deit_tiny_patch16_224", *flags.split()])[2]
+    assert any(remark.startswith("--opt-eps: with 1e-08") for remark in remarks) == remarked
+
+
+@pytest.mark.parametrize(
+    ("launch", "start"),
     [
-        ("python main.py", 1),
-        ("torchrun --nproc_per_node 4 main_dhvt.py", 4),
-        ("python -m torch.distributed.launch --nproc_per_node=8 --use_env seeds/dhvt/train.py", 8),
+        ("", "python main.py"),
+        ("python -u main.py", "python -u main.py"),
+        ("torchrun --nproc_per_node gpu main_dhvt.py", "torchrun --nproc_per_node gpu main.py"),
+        (
+            "torchrun --nnodes=2 --nproc-per-node=4 a.py",
+            "torchrun --nnodes=2 --nproc-per-node=4 main.py",
+        ),
+        (
+            "python -m torch.distributed.launch --nproc_per_node=8 --use_env seeds/dhvt/train.py",
+            "python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py",
+        ),
     ],
 )
-def test_the_program_may_have_any_name(launch, processes):
+def test_the_program_may_have_any_name_and_its_launcher_stays(launch, start):
+    """Half the processes would be another learning rate."""
     words = f"{launch} --model deit_tiny_patch16_224 --batch-size 128".split()
     _, differing, remarks, started = translate(words)
-    assert (differing, remarks, started) == ({}, [], processes)
+    assert (differing, remarks, started) == ({}, [], start.split())
 
 
 @pytest.mark.parametrize(
@@ -242,8 +274,8 @@ def test_the_line_and_the_file_say_the_same(tmp_path, capsys):
     )
     main(["--yaml", str(target), "--", *words.split()])
     line = shlex.split(capsys.readouterr().out.splitlines()[0])
-    assert line[:4] == ["torchrun", "--nproc_per_node", "4", "main.py"]
-    _, args, flags = parse_args(line[4:])
+    assert line[: line.index("--cfg")] == words.split()[:6]
+    _, args, flags = parse_args(line[line.index("--cfg") :])
     assert flags["EVAL_MODE"] is True
     assert flags["DATA.DATA_PATH"] == "/d"
     config = load_config(ROOT / args.cfg, args.opts, flags)
@@ -255,4 +287,3 @@ def test_the_line_and_the_file_say_the_same(tmp_path, capsys):
 def test_the_defaults_are_checked_like_flags():
     """A recipe of DeiT's own is DeiT's command line, but for the batch of its scripts."""
     assert settings("--model deit_small_patch16_224") == LIKE_DEIT
-    assert translate_flags._processes(["torchrun", "--nproc-per-node", "2", "main.py"]) == 2
