@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.cfg, args.opts, flags)
         runtime = init_distributed(config.DEVICE, args.local_rank)
         check(config, runtime)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         # Once they know each other all processes are here, with the same error: one says it.
         try:
             if is_main():

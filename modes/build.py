@@ -19,7 +19,7 @@ from models.pretrained import LoadReport, has_averaged_weights, has_both_weights
 from tasks import sizes_vary
 from utils.amp import Amp
 from utils.checkpoint import check_training_state, restore
-from utils.checkpoint_files import fetch, is_url, load_file
+from utils.checkpoint_files import fetch, load_file
 from utils.distributed import Runtime
 from utils.ema import ModelEma
 from utils.fingerprint import fingerprint
@@ -210,7 +210,7 @@ def check_weights(
 ) -> None:
     """Look whether a run can start from `source`: names, shapes and classes, without reading the weights.
 
-    What the run will warn of is not said. A URL is left to the run.
+    What the run will warn of is not said. What a URL names is fetched: all processes call this.
 
     Args:
         model: on the meta device; it is not to be used afterwards.
@@ -219,13 +219,13 @@ def check_weights(
     Raises:
         ValueError: the file is damaged or no checkpoint, or does not fit the model or the data.
     """
-    if source.kind == "scratch" or is_url(source.path):
+    if source.kind == "scratch":
         return
     with muted():
         if source.kind != "resume":
             load_weights(config, model, source, classes, mapped=True)
             return
-        state = load_file(source.path, mapped=True)
+        state = load_file(fetch(source.path), mapped=True)
         parts = ["model", "optimizer", "scheduler", "scaler", *["ema"] * config.TRAIN.EMA.ENABLE]
         check_training_state(state, source.path, parts, classes)
         _check_optimizer(config, state, source.path)

@@ -1,8 +1,9 @@
 """What can be known to be wrong before a run writes anything."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from yacs.config import CfgNode
@@ -11,6 +12,7 @@ from config import MODE_KEYS, output_dir
 from data import Checked, check_data, check_evaluation, check_labels
 from logger import kept_warnings, muted
 from lr_scheduler import build_scheduler
+from models import Backbone
 from optimizer import build_optimizer
 from tasks import build_task
 from tasks.classification_report import check_predictions_file
@@ -42,23 +44,49 @@ def check(config: CfgNode, runtime: Runtime) -> None:
         ValueError: keys that the data, the task, the model or the optimizer refuse, a model that the task
             cannot train, weights that are missing, damaged, or of another model or other classes, or
             processes that would start from different weights.
-        FileNotFoundError: the data is not there.
+        OSError: the data is not there, or something may not be read.
     """
     with kept_warnings():
-        own_error = source = None
-        data = Checked([], {})
-        try:
-            source, data = _check_share(config, runtime)
-        except (ValueError, FileNotFoundError) as error:
-            own_error = error  # the other processes wait: they must hear of it
-        answers = all_gather_object((own_error, source, data.labels))
-        for error, *_ in answers:
-            if error is not None:
-                raise error
-        _check_sources([source for _, source, _ in answers], output_dir(config))
-        shares = [labels for *_, labels in answers]
-        together = {split: set().union(*(s[split] for s in shares)) for split in data.labels}
-        check_labels(together, data.classes)
+        share = _on_all(lambda: _check_share(config, runtime))
+        answers = all_gather_object((share.source, share.data.labels))
+        _check_sources([source for source, _ in answers], output_dir(config))
+        shares = [labels for _, labels in answers]
+        together = {split: set().union(*(s[split] for s in shares)) for split in share.data.labels}
+        check_labels(together, share.data.classes)
+        if share.source is not None:
+            # The same on all processes by now: what a URL names is fetched by one for all.
+            classes = share.data.classes
+            _on_all(
+                lambda: check_weights(config, share.model, share.source, classes, share.optimizer)
+            )
+
+
+class _Share(NamedTuple):
+    """What one process looked at.
+
+    Attributes:
+        source: where it would take weights from; None where the mode takes none.
+        model: on the meta device.
+        optimizer: of that model; None where nothing is trained.
+    """
+
+    source: Source | None
+    data: Checked
+    model: Backbone | None = None
+    optimizer: torch.optim.Optimizer | None = None
+
+
+def _on_all(look: Callable[[], Any]) -> Any:
+    """`look()` on every process; the error of the first one that has one is raised by all of them."""
+    error = found = None
+    try:
+        found = look()
+    except (ValueError, OSError) as own:
+        error = own  # the other processes wait: they must hear of it
+    for first in all_gather_object(error):
+        if first is not None:
+            raise first
+    return found
 
 
 def _check_writable(folder: Path) -> None:
@@ -90,15 +118,15 @@ def _described(start: tuple[str, str] | None) -> str:
     return path or kind or "nothing"
 
 
-def _check_share(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Checked]:
-    """What this process can know -> where it would take weights from, and what it saw of the data."""
+def _check_share(config: CfgNode, runtime: Runtime) -> _Share:
+    """What this process can know without the weights."""
     _check_writable(output_dir(config))
     Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
     if mode == "PLAN_MODE":
         with muted():  # it is made again, and says it then
             make_plan(config, runtime)
-        return None, Checked([], {})
+        return _Share(None, Checked([], {}))
     if mode in ("train", "EVAL_MODE"):
         look = check_data if mode == "train" else check_evaluation
         data = look(config, rank=runtime.rank, world_size=runtime.world_size)
@@ -121,5 +149,4 @@ def _check_share(config: CfgNode, runtime: Runtime) -> tuple[Source | None, Chec
     # Timing and counting take weights if they are given, and need none.
     kind = {"train": "train", "EVAL_MODE": "eval"}.get(mode, "throughput")
     source = find_source(config, kind, output_dir(config) / "checkpoints" / "last.pth")
-    check_weights(config, model, source, data.classes, optimizer)
-    return source, data
+    return _Share(source, data, model, optimizer)

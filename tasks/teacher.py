@@ -170,7 +170,7 @@ def _build(section: str, name: str, pretrained: bool, sizes: dict[str, int]) -> 
     if not name.startswith(_TIMM):
         try:
             network = create_model(name, **sizes)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{section}.TEACHER='{name}': {error}") from error
         if network.task != CLASSIFICATION:
             raise ValueError(

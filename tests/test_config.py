@@ -281,6 +281,7 @@ def test_what_a_dense_task_would_leave_out_is_refused(name, key, value, message)
         ("BASE: [[b.yaml]]\n", r"BASE=\[\['b.yaml'\]\] in"),
         ("TAG: yes\n", r"TAG=True in .* must be str, not bool; put it in quotes"),
         ("TRAIN: [\n", r"a.yaml is not valid YAML"),
+        ("TAG: {{ name }}\n", r"(?s)a.yaml is not valid YAML.*unhashable key"),
         (
             "DATA:\n  ON_DEVICE: False\nTAG: a\nDATA:\n  CROP: 1\n",
             r"(?s)a.yaml.*'DATA' comes twice.*line 4",

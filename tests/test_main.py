@@ -581,6 +581,11 @@ def test_throughput_and_info_need_no_data():
         (["--opts", "TRAIN.EPOCHS", "0"], "leave nothing to train"),
         (["--opts", "MODEL.TYPE", "swin_moe"], "mixture-of-experts models are not part"),
         (["--eval", "--resume", "none.pth"], "none.pth does not exist"),
+        (
+            ["--eval", "--resume", "http://127.0.0.1:9/x.pth"],
+            "cannot download http://127.0.0.1:9/x.pth",
+        ),
+        (["--eval", "--resume", "x" * 300], "File name too long"),
         (["--batch-size", "7"], "DATA.BATCH_SIZE=7 must be even"),
         (["--optim", "adamww"], "did you mean one of ['adamw'"),
         (["--opts", "DATA.DATASET", "imagnet"], "did you mean one of ['imagenet'"),

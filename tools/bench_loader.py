@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.command = sys.argv[1:] if argv is None else list(argv)
     try:
         result = measure(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(to_markdown(result))
     if args.output:

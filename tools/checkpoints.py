@@ -66,8 +66,10 @@ def config_text(content: Mapping[str, Any]) -> str:
         config = vars(config)
     if not isinstance(config, Mapping):
         return ""
-    # Through JSON, which leaves plain dicts and lists; what it does not know (paths) becomes text.
-    return yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
+    # Through JSON, which leaves plain dicts and lists; what it does not know (paths) becomes text, and keys
+    # of other kinds are left out.
+    plain = json.loads(json.dumps(config, default=str, skipkeys=True))
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def write_weights(
@@ -341,7 +343,8 @@ def _convert(options: argparse.Namespace) -> None:
     weights, facts = read_weights(options.file, options.ema)
     _mention_averages(options, options.file)
     write_weights(options.output, weights, facts)
-    left = sorted({*load_file(options.file)} - {*weights, "model", "state_dict", *facts})
+    content = map(str, load_file(options.file))
+    left = sorted({*content} - {*weights, "model", "state_dict", *facts})
     print(f"{options.output}: {len(weights)} tensors; left out: {_short(left)}")
 
 
@@ -438,7 +441,7 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         return options.run(options) or 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     try:
         config = load_config(args.cfg, args.opts, flags)
         sheet = contact_sheet(config, args.split, args.images, args.draws, args.side)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     path = args.output or output_dir(config) / "contact_sheet.png"
     save_picture(sheet, path)

@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             c=args.c,
             seed=config.SEED,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     folder = Path(args.output) if args.output else output_dir(config)
     folder.mkdir(parents=True, exist_ok=True)

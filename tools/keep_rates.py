@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     try:
         config = load_config(args.cfg, args.opts, flags)
         records = measure(config, args.rates)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(to_table(records))
     path = args.output or output_dir(config) / "keep_rates.json"

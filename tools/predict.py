@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> list[Prediction]:
             raise FileNotFoundError(f"there are no files {missing[:5]}")
         predictor = Predictor(load_config(args.cfg, args.opts, flags))
         predictions = [predictor(path, args.top, args.cam, args.target) for path in args.images]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for number, prediction in enumerate(predictions):
         chances = ", ".join(f"{100 * chance:.1f} % {name}" for name, chance in prediction.classes)

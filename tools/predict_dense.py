@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             raise ValueError(f"--json {args.json} is a folder: name a file")
         config = load_config(args.cfg, args.opts, flags)
         results = find(config, args.images, args.threshold, args.draw)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for result in results:
         print(describe(result))

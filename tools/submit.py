@@ -214,7 +214,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     _check(parser, vars(options))
     try:
         job = submit(arguments, options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"job {job.job_id}: main.py {' '.join(arguments)}")
     print(f"logs: {job.paths.stdout} and {job.paths.stderr}, for each process", flush=True)

@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             return []
         folder = Path(os.path.commonpath([point.folder.parent for point in points]))
         records = run_points(points, folder)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(to_table(records))
     print(f"written: {folder / 'sweep.csv'}, {folder / 'sweep.json'}")

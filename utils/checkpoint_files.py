@@ -45,14 +45,15 @@ def load_file(path: str | Path, mapped: bool = False) -> Any:
     """Content of a checkpoint of MixLab or of the lineage, on the CPU, without running code from it.
 
     Allowed beside tensors and plain data is what published checkpoints hold: argparse.Namespace, yacs
-    CfgNode (it becomes a dict), NumPy numbers, and paths. `.safetensors` files are a dict of tensors, those
-    of `save_safetensors` one with the weights under `model` and the facts beside them.
+    CfgNode (it becomes a dict), NumPy numbers and texts, and paths. `.safetensors` files are a dict of
+    tensors, those of `save_safetensors` one with the weights under `model` and the facts beside them.
 
     Args:
         mapped: leave the tensors on the disk until they are used (files of before PyTorch 1.6 are read).
 
     Raises:
         ValueError: there is no such file, it is damaged, or it holds anything else.
+        OSError: it may not be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,9 +62,16 @@ def load_file(path: str | Path, mapped: bool = False) -> Any:
         start = file.read(40)
     if not start:
         raise ValueError(f"checkpoint {path} is empty")
-    if path.suffix == ".safetensors":
+    is_torch = start.startswith((b"PK", b"\x80"))
+    if path.suffix == ".safetensors" and is_torch:
+        raise ValueError(
+            f"{path} is what torch.save writes, no .safetensors file: rename it to .pth"
+        )
+    # The length of a header in JSON, and the header: what a file is called says less.
+    has_header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    if path.suffix == ".safetensors" or has_header:
         return _load_safetensors(path)
-    if not start.startswith((b"PK", b"\x80")):
+    if not is_torch:
         raise ValueError(
             f"{path} is no checkpoint: it is neither a .safetensors file nor what torch.save writes, a "
             f"zip archive or a pickle; it starts with {start!r}"
@@ -154,6 +162,9 @@ def fetch(source: str, cache_dir: str | Path | None = None) -> Path:
     """Local file of a path or an http(s) URL; a URL is downloaded once, to torch.hub's cache.
 
     All processes call it; rank 0 downloads first, the others find the file, or fetch their machine's.
+
+    Raises:
+        ValueError: it cannot be downloaded, or what comes is no checkpoint, which is not kept.
     """
     if not is_url(source):
         return Path(source)
@@ -184,8 +195,12 @@ def _download(url: str, target: Path) -> str | None:
     _LOG.info("downloading %s to %s", url, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), progress=False)
+        torch.hub.download_url_to_file(url, str(target), progress=distributed.is_main())
+        load_file(target, mapped=True)
     except OSError as error:  # urllib's errors are OSErrors
+        return str(error)
+    except ValueError as error:  # cut off, or a page about an error: it would be found from now on
+        target.unlink()
         return str(error)
     return None
 
@@ -235,7 +250,7 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
-_SUFFIXES = (".pth", ".pt", ".safetensors")
+_SUFFIXES = (".pth", ".pt", ".tar", ".safetensors")  # timm's are called *.pth.tar
 
 
 def missing_file(path: Path) -> str:
@@ -253,8 +268,8 @@ def missing_file(path: Path) -> str:
 
 
 def _numpy_scalar(dtype: np.dtype, raw: bytes = b"") -> Any:
-    """A NumPy number of a checkpoint as a Python number; objects, which could hide code, are refused."""
-    if dtype.kind not in "biufc":
+    """A NumPy number or text of a checkpoint as Python's; objects, which could hide code, are refused."""
+    if dtype.kind not in "biufcUS":
         raise pickle.UnpicklingError(f"NumPy scalar of type {dtype}")
     return np.frombuffer(raw, dtype=dtype, count=1)[0].item()
 
@@ -266,7 +281,7 @@ _SAFE_GLOBALS: list[Any] = [
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     (np.dtype, "numpy.dtype"),
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDG"},
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDGUS"},
     *(
         (pure, f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")

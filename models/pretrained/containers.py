@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dense import BACKBONE
@@ -13,8 +14,8 @@ _LOG = logging.getLogger(__name__)
 
 _CONTAINERS = ("model", "state_dict", "module")
 _EMA_CONTAINERS = ("ema", "model_ema", "state_dict_ema")
-# DDP, torch.compile, contrastive and masked pre-training (MoBY, SimMIM), detectors.
-_PREFIXES = ("module", "_orig_mod", "encoder", "backbone")
+# DDP, torch.compile, Lightning, contrastive and masked pre-training (MoBY, SimMIM), detectors.
+_PREFIXES = ("module", "_orig_mod", "model", "encoder", "backbone", "bottom_up")
 
 
 def has_averaged_weights(content: Any) -> bool:
@@ -26,7 +27,7 @@ def has_averaged_weights(content: Any) -> bool:
 
 def has_both_weights(content: Any) -> bool:
     """Whether a checkpoint's content has averaged weights beside those that were trained."""
-    return has_averaged_weights(content) and "model" in content
+    return has_averaged_weights(content) and any(key in content for key in _CONTAINERS)
 
 
 def find_weights(
@@ -58,16 +59,31 @@ def find_weights(
         if len(averaged) == 1:
             _LOG.info("%s has averaged weights only: taking '%s'", name, averaged[0])
             return find_weights(content, True, name)
+        nested = sorted(str(key) for key, value in content.items() if _holds_tensors(value))
         hint = (
             f"; MODEL.PRETRAINED_EMA True takes the first of the averaged ones, {averaged}"
             if averaged
+            else f"; {nested} hold tensors: choose one, and convert the file once, as in "
+            f"torch.save({{'model': torch.load(path)['{nested[0]}']}}, new_path)"
+            if nested
             else ""
         )
         raise ValueError(
             f"{name} has no weights: none of {list(keys)} and no tensor, "
             f"only {short(sorted(map(str, content)))}{hint}"
         )
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise ValueError(
+                f"{name}: {key} is {kind}, models hold plain numbers: convert it, by .to_dense() or "
+                ".dequantize()"
+            )
     return tensors, ""
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
 def strip_prefixes(
@@ -89,9 +105,11 @@ def strip_prefixes(
     stripped: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for key, tensor in weights.items():
-        short = key
-        while short not in own and short.split(".", 1)[0] in prefixes and "." in short:
-            short = short.split(".", 1)[1]
+        place = f"{BACKBONE}." if keep_backbone and key.startswith(f"{BACKBONE}.") else ""
+        rest = key.removeprefix(place)
+        while place + rest not in own and rest.split(".", 1)[0] in prefixes and "." in rest:
+            rest = rest.split(".", 1)[1]
+        short = place + rest
         if short in stripped:
             raise ValueError(
                 f"{name}: {key} and {origin[short]} are both '{short}' without their prefixes; "

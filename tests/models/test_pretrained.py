@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import Backbone, create_model, registry
@@ -18,7 +18,13 @@ from models.layers.resize import (
     resize_position_grid,
 )
 from models.mixers.plain import _resize_columns
-from models.pretrained import LoadReport, find_weights, has_averaged_weights, load_pretrained
+from models.pretrained import (
+    LoadReport,
+    find_weights,
+    has_averaged_weights,
+    has_both_weights,
+    load_pretrained,
+)
 from tests.golden_tools import fill_module_
 from tests.small_models import SMALL
 
@@ -78,10 +84,12 @@ def prefixed(state, prefix):
         "backbone.",
         "module._orig_mod.",
         "_orig_mod.module.encoder.",
+        "model.",
+        "backbone.bottom_up.model.",
     ],
 )
 def test_every_container_and_prefix_loads(tmp_path, trained, container, prefix):
-    """Traps 9 and 16: MoBY's `encoder.`, torch.compile's `_orig_mod.`, DDP's `module.`."""
+    """Traps 9 and 16: MoBY's `encoder.`, torch.compile's `_orig_mod.`, DDP's `module.`, detectors'."""
     state = prefixed(trained, prefix)
     torch.save({container: state, "epoch": 3} if container else state, tmp_path / "x.pth")
     model = Toy()
@@ -133,6 +141,9 @@ def test_averaged_weights_are_taken_on_request_only(trained, key):
     assert report.source.startswith(f"file.pth [{key}]")
     assert has_averaged_weights(content)
     assert not has_averaged_weights({"model": trained, key: None})
+    for plain in ("model", "state_dict"):
+        assert has_both_weights({plain: trained, key: averaged})
+    assert not has_both_weights({key: averaged})
     with pytest.raises(ValueError, match=r"no averaged weights.*MODEL\.PRETRAINED_EMA False"):
         load_pretrained(model, {"model": trained}, use_ema=True)
 
@@ -538,8 +549,24 @@ def test_files_without_weights_say_what_they_have():
         load_pretrained(Toy(), {"epoch": 1, "model_ema": averaged, "ema": averaged})
     with pytest.raises(ValueError, match="no tensor, only "):
         load_pretrained(Toy(), {"model": {}})
+    with pytest.raises(ValueError, match=r"\['student', 'teacher'\] hold tensors: choose one"):
+        load_pretrained(Toy(), {"teacher": averaged, "student": averaged, "epoch": 1})
     with pytest.raises(ValueError, match="holds a list"):
         find_weights([torch.ones(1)])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        (Tensor.to_sparse, "torch.sparse_coo"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "quantized"),
+    ],
+)
+def test_numbers_in_other_forms_are_named(trained, convert, kind):
+    name = next(name for name, tensor in trained.items() if tensor.is_floating_point())
+    with pytest.raises(ValueError, match=f"{name} is {kind}, models hold plain numbers"):
+        load_pretrained(Toy(), trained | {name: convert(trained[name])})
 
 
 def test_two_tensors_with_one_name_are_refused(trained):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
-from utils.checkpoint_files import fetch, load_file, save_checkpoint
+from utils.checkpoint_files import fetch, load_file, save_checkpoint, save_safetensors
 from utils.sources import choose_source
 
 
@@ -83,6 +83,26 @@ def test_a_file_that_would_run_code_is_refused_and_never_runs(tmp_path, zipped):
     assert target.exists(), "the file was harmless, so refusing it proved nothing"
 
 
+def test_texts_of_numpy_are_texts(tmp_path):
+    """Class names from np.unique."""
+    content = {"classes": list(np.unique(["dog", "a cat"])), "raw": np.bytes_(b"xy")}
+    torch.save(content, tmp_path / "x.pth")
+    loaded = load_file(tmp_path / "x.pth")
+    assert loaded == {"classes": ["a cat", "dog"], "raw": b"xy"}
+    assert {type(name) for name in loaded["classes"]} == {str}
+
+
+def test_a_file_with_the_suffix_of_another_format_is_understood(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {"epoch": 3})
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.pth")
+    loaded = load_file(tmp_path / "a.pth")
+    assert (loaded["epoch"], loaded["model"]["w"].tolist()) == (3, [1, 1])
+    torch.save({}, tmp_path / "b.pth")
+    (tmp_path / "b.pth").rename(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"b\.safetensors is what torch\.save writes.*rename it"):
+        load_file(tmp_path / "b.safetensors")
+
+
 def test_a_numpy_object_is_no_number(tmp_path):
     """NumPy's own loader of scalars unpickles objects: ours must not."""
     scalar = np.float64(0).__reduce__()[0]
@@ -104,7 +124,7 @@ def test_a_damaged_file_is_named(tmp_path):
                 load_file(tmp_path / name, mapped)
 
 
-@pytest.mark.parametrize("text", ["<html>404</html>", "MODEL:\n  TYPE: swin\n", "hello world\n"])
+@pytest.mark.parametrize("text", ["<html>404</html>", "MODEL:  {TYPE: swin}\n", "hello world\n"])
 def test_a_text_file_is_refused_without_advice_to_load_it_anyway(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"x\.yaml is no checkpoint.*starts with") as caught:
@@ -122,9 +142,10 @@ def test_an_empty_file_is_named(tmp_path):
 def test_a_folder_names_the_checkpoints_in_it(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     save_checkpoint(tmp_path / "checkpoints" / "best.pth", {})
+    save_checkpoint(tmp_path / "checkpoints" / "best.pth.tar", {})  # as timm calls them
     for folder in (tmp_path, tmp_path / "checkpoints"):
         for look in (load_file, lambda path: choose_source("eval", "last.pth", resume=str(path))):
-            with pytest.raises(ValueError, match=r"is a directory: give a file; .*best\.pth"):
+            with pytest.raises(ValueError, match=r"is a directory.*best\.pth'.*best\.pth\.tar"):
                 look(folder)
 
 
@@ -148,6 +169,8 @@ def test_a_missing_file_names_what_is_there(tmp_path):
 def test_a_url_is_downloaded_once_to_the_cache(tmp_path):
     (tmp_path / "site").mkdir()
     save_checkpoint(tmp_path / "site" / "model.pth", {"model": {"w": torch.ones(1)}})
+    whole = (tmp_path / "site" / "model.pth").read_bytes()
+    (tmp_path / "site" / "half.pth").write_bytes(whole[: len(whole) // 2])
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -163,6 +186,14 @@ def test_a_url_is_downloaded_once_to_the_cache(tmp_path):
             assert load_file(path)["model"]["w"].item() == 1
             with pytest.raises(ValueError, match=r"cannot download .*404"):
                 fetch(url + "x", tmp_path / "cache")
+            half = url.replace("model", "half")
+            for _ in range(2):
+                with pytest.raises(
+                    ValueError, match=r"cannot download .*half\.pth: .*damaged or cut"
+                ):
+                    fetch(half, tmp_path / "cache")
+            (tmp_path / "site" / "half.pth").write_bytes(whole)
+            assert load_file(fetch(half, tmp_path / "cache"))["model"]["w"].item() == 1
         finally:
             server.shutdown()
             thread.join()
