@@ -326,9 +326,21 @@ def load_config(
     kind = {key: value for key, value, _ in given}.get("MODEL.TYPE", config.MODEL.TYPE)
     for key, value, source in given:
         _set(config, key, value, source, str(kind))
+    _follow_flags(config, opts, flags or {})
     validate(config)
     config.freeze()
     return config
+
+
+def _follow_flags(config: CfgNode, opts: Sequence[Any], flags: Mapping[str, Any]) -> None:
+    """Of two sources of weights, the one that the command line names counts."""
+    given = {*opts[::2], *flags}
+    named = "MODEL.PRETRAINED" in given and config.MODEL.PRETRAINED
+    if named and "MODEL.RESUME" not in given and config.MODEL.RESUME:
+        _LOG.warning(
+            "--pretrained takes the place of the file's MODEL.RESUME=%r", config.MODEL.RESUME
+        )
+        config.MODEL.RESUME = ""
 
 
 def validate(config: CfgNode) -> None:

@@ -161,8 +161,9 @@ class Samples(Dataset):
                 label = MapLabel(label, self.maps.read(self.dataset.describe(index)))
             return self.convert(image, self.in_chans), label
         except _READ_ERRORS as error:
+            advice = f" ({self.advice})" if self.on_error == "raise" else ""
             raise UnreadableImageError(
-                f"cannot read {self.dataset.describe(index)}: {error} ({self.advice})"
+                f"cannot read {self.dataset.describe(index)}: {error}{advice}"
             ) from error
 
 

@@ -42,7 +42,8 @@ def evaluate(
     Returns:
         What `evaluator.compute()` returns; `task.metric` is one of the keys. What the model tells of each
         image (`Backbone.image_values`) comes as mean and percentiles beside it, unless images are shown to
-        it several times (`single_look` of the task or of a wrapper): it tells of the last time only.
+        it several times (`single_look` of the task or of a wrapper): it tells of the last time only. What
+        else the scores depend on (`Backbone.conditions`) is with them.
     """
     module = unwrap(model)
     runner = on_this_process(model)
@@ -67,7 +68,8 @@ def evaluate(
                 evaluator.update(output, batch)
                 if told:
                     statistics.add(module.image_values())
-            return evaluator.compute() | statistics.compute()
+            conditions = module.conditions() if hasattr(module, "conditions") else {}
+            return evaluator.compute() | statistics.compute() | conditions
     finally:
         module.eval()  # forgets what `token_maps` would draw of the last batch
         for part, training in modes:

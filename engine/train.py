@@ -78,20 +78,24 @@ def train_epoch(
         log_every: batches between log lines (the epoch's last batch is logged too).
         on_log: gets a flat dict of numbers at each log line.
         save_every: optimizer steps between calls of `on_save(step, next batch)`; 0 is never. It may
-            evaluate; the losses up to there are known to be finite.
+            evaluate; the losses and gradients up to there are known to be finite.
 
     Raises:
-        FloatingPointError: the loss is nan or infinite.
+        FloatingPointError: the loss, or the gradient that a step was made with, is nan or infinite.
     """
     window = max(accumulation_steps, 1)
     module = unwrap(model)
     parameters = [p for p in module.parameters() if p.requires_grad]
     learners = [module, *followers] if ema is None else [module, ema.module, *followers]
-    log = _TrainLog(epoch, epochs, num_batches, device)
+    watched = ["loss"] if amp.skips_steps else ["loss", "grad_norm"]
+    log = _TrainLog(epoch, epochs, num_batches, device, watched)
     batches = iter(_with_progress_bar(loader, f"epoch {epoch}", first_batch, num_batches))
     model.train()
     optimizer.zero_grad()
 
+    if first_batch == num_batches and step:  # an epoch that only has to be scored
+        for learner in learners:
+            _set_progress(learner, step - 1, schedule)
     while first_batch < num_batches and step < schedule.total_steps:
         schedule.step_update(step)
         log.lr = schedule.lr_at(step)
@@ -144,9 +148,21 @@ def to_device(batch: Any, device: torch.device, channels_last: bool = False) -> 
 
 
 class _TrainLog:
-    """Means, times and Swin's log line of one epoch."""
+    """Means, times and Swin's log line of one epoch.
 
-    def __init__(self, epoch: int, epochs: int, num_batches: int, device: torch.device) -> None:
+    Args:
+        watched: names of the values that must be finite.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        epochs: int,
+        num_batches: int,
+        device: torch.device,
+        watched: Sequence[str],
+    ) -> None:
+        self.watched = watched
         self.epoch, self.epochs, self.num_batches, self.device = epoch, epochs, num_batches, device
         self.values: dict[str, Mean] = defaultdict(Mean)
         self.time, self.data_time, self.loss_scale = Mean(), Mean(), Mean()
@@ -181,13 +197,15 @@ class _TrainLog:
         self.mark += time.perf_counter() - start
 
     def check(self, index: int, step: int) -> None:
-        """Wait for the device; FloatingPointError if a loss since the last log line was not finite."""
-        if "loss" in self.values and not math.isfinite(loss := self.values["loss"].drain()):
-            raise FloatingPointError(
-                f"the loss became {loss} at or shortly before step {step} (epoch {self.epoch}, batch "
-                f"{index}, lr {self.lr:.3g}). Use AMP_DTYPE 'bf16' instead of fp16 (or AMP_ENABLE False), a "
-                "lower TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS, or TRAIN.CLIP_GRAD above 0"
-            )
+        """Wait for the device; FloatingPointError if what is watched was not finite since the last line."""
+        for name in self.watched:
+            if name in self.values and not math.isfinite(value := self.values[name].drain()):
+                raise FloatingPointError(
+                    f"the {name} became {value} at or shortly before step {step} (epoch {self.epoch}, batch "
+                    f"{index}, lr {self.lr:.3g}), and nothing was saved since. Use AMP_ENABLE False (or bf16 "
+                    "in place of fp16), a lower TRAIN.BASE_LR, a longer TRAIN.WARMUP_EPOCHS, or "
+                    "TRAIN.CLIP_GRAD above 0"
+                )
 
     def write(
         self, index: int, step: int, optimizer: torch.optim.Optimizer, amp: Amp

@@ -223,6 +223,10 @@ class Backbone(nn.Module):
         """
         return {}
 
+    def conditions(self) -> dict[str, float]:
+        """What scores depend on beside weights and images, such as a keep rate; recorded with them."""
+        return {}
+
     def set_progress(
         self, step: int, total_steps: int, warmup_steps: int, steps_per_epoch: int | None = None
     ) -> None:

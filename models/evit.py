@@ -179,6 +179,11 @@ class EViT(VisionTransformer):
         """`keep_rate`: the smallest in force."""
         return {"keep_rate": min(self.keep_rates)}
 
+    def conditions(self) -> dict[str, float]:
+        """The `keep_rate` again, and `tokens` where their number is set."""
+        tokens = {} if self._tokens is None else {"tokens": self._tokens}
+        return {"keep_rate": min(self.keep_rates)} | tokens
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, 1 + m, C) of the last block."""
         grid = self.grid_of(x)

@@ -128,7 +128,7 @@ def average_of(config: CfgNode, model: nn.Module, foreach: bool = True) -> Model
 
 def hyper_parameters(config: CfgNode, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What the config says of each parameter group, and no schedule changes, as it does the rate."""
-    names = ["betas", "eps", "momentum"]
+    names = ["betas", "eps", "momentum", "nesterov"]
     if config.TRAIN.WEIGHT_DECAY_END is None:
         names.append("weight_decay")
     return [

@@ -89,8 +89,8 @@ def _on_all(look: Callable[[], Any]) -> Any:
     return found
 
 
-def _check_writable(folder: Path) -> None:
-    """ValueError if a run's folder cannot be made, or nothing written into it."""
+def _check_writable(folder: Path, written: Sequence[str]) -> None:
+    """ValueError if a run's folder cannot be made, or if it, or one of what is `written` in it, is locked."""
     place = folder.absolute()
     while not os.path.exists(place):  # unlike Path.exists also where the parent may not be read
         place = place.parent
@@ -100,6 +100,9 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(
             f"OUTPUT leads to {folder}, and nothing can be written to {place}: give another --output"
         )
+    for path in (folder / name for name in written):
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise ValueError(f"{path} cannot be written to: change its mode, or give another --tag")
 
 
 def _check_sources(sources: Sequence[Source | None], folder: Path) -> None:
@@ -120,9 +123,10 @@ def _described(start: tuple[str, str] | None) -> str:
 
 def _check_share(config: CfgNode, runtime: Runtime) -> _Share:
     """What this process can know without the weights."""
-    _check_writable(output_dir(config))
-    Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     mode = next((key for key in MODE_KEYS if config[key]), "train")
+    written = ["checkpoints", "metrics.jsonl", "tensorboard"] if mode == "train" else []
+    _check_writable(output_dir(config), [*written, f"log_rank{runtime.rank}.txt"])
+    Amp(runtime.device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     if mode == "PLAN_MODE":
         with muted():  # it is made again, and says it then
             make_plan(config, runtime)

@@ -106,7 +106,7 @@ def report_skipped(loaders: Sequence[Any]) -> int:
     """How many unreadable images DATA.ON_ERROR skip has left out, on all processes."""
     skipped = int(all_reduce_sum(torch.tensor(sum(loader.skipped for loader in loaders))))
     if skipped:
-        _LOG.warning("%d unreadable images were skipped so far", skipped)
+        _LOG.warning("unreadable images were skipped %d times so far, over all epochs", skipped)
     return skipped
 
 

@@ -340,6 +340,18 @@ def test_parents_are_named_in_files_alone():
         load_config(DFVT_TINY, ["BASE", "['x.yaml']"])
 
 
+def test_weights_that_the_command_line_names_win_over_those_of_the_file(tmp_path, caplog):
+    """A run that was started with --resume has it in its config.yaml."""
+    file = write(tmp_path / "a.yaml", "MODEL: {RESUME: old.pth}")
+    model = load_config(file, flags={"MODEL.PRETRAINED": "new.pth"}).MODEL
+    assert (model.RESUME, model.PRETRAINED) == ("", "new.pth")
+    assert "takes the place of the file's MODEL.RESUME='old.pth'" in caplog.text
+    model = load_config(file, ["MODEL.PRETRAINED", ""]).MODEL
+    assert (model.RESUME, model.PRETRAINED) == ("old.pth", "")
+    model = load_config(file, ["MODEL.RESUME", "r.pth"], {"MODEL.PRETRAINED": "new.pth"}).MODEL
+    assert (model.RESUME, model.PRETRAINED) == ("r.pth", "new.pth")
+
+
 def test_gradients_are_not_clipped_at_none(tmp_path):
     assert (
         load_config(write(tmp_path / "a.yaml", "TRAIN: {CLIP_GRAD: null}")).TRAIN.CLIP_GRAD is None

@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import math
 import re
 
 import pytest
@@ -130,6 +131,17 @@ def test_a_model_is_not_compiled_while_its_shapes_change():
     assert model.keep_rates == [1.0, 0.5]
     torch.testing.assert_close(weights(model), weights(plain))
     assert len(graphs) == 2
+
+
+def test_an_epoch_that_only_has_to_be_scored_is_scored_as_after_its_last_step():
+    """A run that is killed while it scores continues there; EViT's keep rate is part of the score."""
+    model = Net()
+    batches = digits(4)
+    run(model, batches)
+    last = model.progress[-1]
+    model.progress.clear()
+    run(model, [], num_batches=4, first_batch=4, step=4)
+    assert model.progress == [last]
 
 
 def test_accumulated_batches_equal_one_large_batch():
@@ -316,6 +328,24 @@ def test_a_loss_that_is_not_finite_stops_with_advice(value):
     with pytest.raises(FloatingPointError, match="step 2"):
         run(Net(), batches, save_every=1, on_save=lambda *where: saved.append(where))
     assert saved == [(1, 1)]  # broken weights never reach a checkpoint
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_weights_that_a_gradient_made_nan_are_not_saved(clip_grad):
+    """The loss before the step is finite, and the next one may be of the next epoch."""
+    model, saved = Net(), []
+    model.head.bias.register_hook(lambda grad: grad * (math.nan if saved else 1))
+    with pytest.raises(
+        FloatingPointError, match="the grad_norm became nan at or shortly before step 2"
+    ):
+        run(
+            model,
+            digits(2),
+            save_every=1,
+            clip_grad=clip_grad,
+            on_save=lambda *where: saved.append(where),
+        )
+    assert saved == [(1, 1)]
 
 
 def test_no_step_between_log_lines_reads_from_the_device():

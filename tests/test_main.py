@@ -523,6 +523,13 @@ def test_weight_decay_of_the_config_wins_over_that_of_the_checkpoint():
     assert "taken from the config" in (folder / "log_rank0.txt").read_text()
 
 
+def test_sgd_becomes_nesterov_where_the_config_gives_momentum():
+    run("--optim", "sgd", "--opts", "TRAIN.EPOCHS", "1", "TRAIN.OPTIMIZER.MOMENTUM", "0.0")
+    folder = run("--optim", "sgd", "--opts", "TRAIN.EPOCHS", "2")
+    groups = last_state(folder)["optimizer"]["param_groups"]
+    assert {(group["momentum"], group["nesterov"]) for group in groups} == {(0.9, True)}
+
+
 def test_evaluations_can_be_rarer_than_epochs():
     folder = run("--opts", "TRAIN.EPOCHS", "3", "EVAL_FREQ", "2")
     records = lines(folder)
@@ -750,6 +757,16 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys, monkeyp
         run()
     assert "nothing can be written to" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_a_part_of_the_output_folder_that_cannot_be_written_is_named(capsys, monkeypatch):
+    """An epoch would be lost at its end."""
+    folder = run("--opts", "TRAIN.MAX_STEPS", "1")
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "checkpoints")
+    run("--eval", "--resume", str(folder / "checkpoints" / "last.pth"))
+    with pytest.raises(SystemExit):
+        run("--opts", "TRAIN.MAX_STEPS", "2")
+    assert "default/checkpoints cannot be written to" in capsys.readouterr().err
 
 
 def test_info_of_weights_that_are_not_there_stops_before_any_work(capsys):

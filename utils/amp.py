@@ -59,6 +59,11 @@ class Amp:
         return self.dtype is not torch.float32
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether steps with overflown gradients are left out; elsewhere they make all weights nan."""
+        return self.apex is not None or self.scaler.is_enabled()
+
+    @property
     def name(self) -> str:
         """For logs and result files: 'float32', 'bfloat16', 'float16', 'apex O1'."""
         return f"apex {self.opt_level}" if self.apex else str(self.dtype).removeprefix("torch.")

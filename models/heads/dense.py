@@ -118,6 +118,9 @@ class DenseModel(Backbone):
     def image_values(self) -> dict[str, Tensor]:
         return self.backbone.image_values()
 
+    def conditions(self) -> dict[str, float]:
+        return self.backbone.conditions()
+
     def set_progress(
         self, step: int, total_steps: int, warmup_steps: int, steps_per_epoch: int | None = None
     ) -> None:

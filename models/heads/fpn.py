@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
+from models.layers.precision import without_autocast
+
 # Levels that each choice of `extra` adds.
 EXTRA_LEVELS = {"none": 0, "pool": 1, "convs": 2}
 
@@ -71,5 +73,18 @@ class _ConvLevels(ExtraFPNBlock):
     def forward(
         self, results: list[Tensor], x: list[Tensor], names: list[str]
     ) -> tuple[list[Tensor], list[str]]:
-        first = self.first(x[-1])
-        return [*results, first, self.second(first)], [*names, "first", "second"]
+        first = _convolved(self.first, x[-1])
+        second = _convolved(self.second, first)
+        return [*results, first, second], [*names, "first", "second"]
+
+
+def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """In the precision of its weights on a CPU.
+
+    Of a map one pixel wide, PyTorch's bfloat16 gradient for the taps that see only the padding is whatever
+    was in memory (seen with 2.14).
+    """
+    if x.device.type != "cpu":
+        return conv(x)
+    with without_autocast(x):
+        return conv(x.to(conv.weight.dtype))

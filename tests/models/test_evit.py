@@ -206,6 +206,9 @@ def test_evaluation_uses_the_rate_that_training_has_reached():
     model.eval()
     half_way = math.ceil(0.75 * 16), math.ceil(0.75 * 12)
     assert sequence_lengths(model, images) == [16, half_way[0], half_way[1], half_way[1]]
+    assert model.conditions() == {"keep_rate": pytest.approx(0.75)}
+    model.set_keep_rate(tokens=5)
+    assert model.conditions() == {"keep_rate": 0.5, "tokens": 5}
 
 
 def test_the_smallest_keep_rate_is_logged():
