@@ -62,15 +62,17 @@ def load_file(path: str | Path, mapped: bool = False) -> Any:
         start = file.read(40)
     if not start:
         raise ValueError(f"checkpoint {path} is empty")
+    # The length of a header in JSON, and the header: what a file is called says less, and the length may
+    # look like the start of the other formats.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return _load_safetensors(path)
     is_torch = start.startswith((b"PK", b"\x80"))
-    if path.suffix == ".safetensors" and is_torch:
+    if path.suffix == ".safetensors":
+        if not is_torch:
+            return _load_safetensors(path)  # which says what is wrong
         raise ValueError(
             f"{path} is what torch.save writes, no .safetensors file: rename it to .pth"
         )
-    # The length of a header in JSON, and the header: what a file is called says less.
-    has_header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
-    if path.suffix == ".safetensors" or has_header:
-        return _load_safetensors(path)
     if not is_torch:
         raise ValueError(
             f"{path} is no checkpoint: it is neither a .safetensors file nor what torch.save writes, a "
@@ -200,7 +202,7 @@ def _download(url: str, target: Path) -> str | None:
     except OSError as error:  # urllib's errors are OSErrors
         return str(error)
     except ValueError as error:  # cut off, or a page about an error: it would be found from now on
-        target.unlink()
+        target.unlink(missing_ok=True)
         return str(error)
     return None
 

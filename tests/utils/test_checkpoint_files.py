@@ -103,6 +103,17 @@ def test_a_file_with_the_suffix_of_another_format_is_understood(tmp_path):
         load_file(tmp_path / "b.safetensors")
 
 
+def test_a_safetensors_header_may_begin_like_a_pickle(tmp_path):
+    """It begins with its length, of which the first byte is 0x80 for one file in 32."""
+    file = tmp_path / "x.safetensors"
+    for length in range(256):
+        save_safetensors(file, {"w": torch.ones(2)}, {"text": "x" * length})
+        if file.read_bytes()[0] == 0x80:
+            break
+    assert file.read_bytes().startswith(b"\x80")
+    assert load_file(file)["model"]["w"].tolist() == [1, 1]
+
+
 def test_a_numpy_object_is_no_number(tmp_path):
     """NumPy's own loader of scalars unpickles objects: ours must not."""
     scalar = np.float64(0).__reduce__()[0]
