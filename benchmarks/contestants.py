@@ -256,7 +256,9 @@ def make_pass(
     def train() -> None:
         model.zero_grad(set_to_none=True)
         with amp.autocast():
-            loss = model(images).float().square().mean()
+            outputs = model(images)  # several of a distilled student
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = torch.stack([output.float().square().mean() for output in outputs]).sum()
         loss.backward()
 
     return inference if mode == "inference" else train

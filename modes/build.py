@@ -15,6 +15,7 @@ from config import dump, output_dir
 from data import dataset_num_classes, published_num_classes
 from logger import create_logger, muted
 from models import Backbone, build_model
+from models.layers.tokens import to_pair
 from models.pretrained import LoadReport, has_averaged_weights, has_both_weights, load_pretrained
 from tasks import sizes_vary
 from utils.amp import Amp
@@ -24,6 +25,7 @@ from utils.distributed import Runtime
 from utils.ema import ModelEma
 from utils.fingerprint import fingerprint
 from utils.memory import keep_freed_memory
+from utils.names import leaves
 from utils.seeding import seed_everything, set_deterministic
 from utils.sources import Source, check_classes, choose_source
 
@@ -95,6 +97,26 @@ def check_batch_norm(config: CfgNode, model: Backbone, runtime: Runtime) -> None
             f"'{config.MODEL.HEAD.TYPE}' need {needed} images or more in training: set DATA.BATCH_SIZE to "
             f"{needed}, or TRAIN.SYNC_BN True with several GPUs (images accumulated one by one do not help)"
         )
+    if seen == 1 and not sizes_vary(config):
+        _check_single_image(config, model)
+
+
+def _check_single_image(config: CfgNode, model: Backbone) -> None:
+    """ValueError if some batch norm would see one pixel of one image, which has no variance."""
+    images = torch.empty(1, config.MODEL.IN_CHANS, *to_pair(config.DATA.IMG_SIZE), device="meta")
+    try:
+        with torch.no_grad():
+            model.train()(images)
+    except (NotImplementedError, TypeError):
+        return  # a model that must see numbers, or what is in the images
+    except ValueError as error:
+        if "per channel" not in str(error):  # PyTorch's words for it
+            raise
+        raise ValueError(
+            f"DATA.BATCH_SIZE=1 and DATA.IMG_SIZE={config.DATA.IMG_SIZE}: the last batch norms of "
+            f"{type(model).__name__} would see one pixel of one image, which has no variance: set "
+            "DATA.BATCH_SIZE to 2 or more, or a larger DATA.IMG_SIZE"
+        ) from error
 
 
 def _synchronises(config: CfgNode, runtime: Runtime) -> bool:
@@ -201,6 +223,10 @@ def load_trained(config: CfgNode, device: torch.device) -> tuple[Backbone, list[
     return model, names
 
 
+# Keys of MODEL that say nothing of the shape of a model.
+_FREE = ("MODEL.NAME", "MODEL.RESUME", "MODEL.PRETRAINED")
+
+
 def check_weights(
     config: CfgNode,
     model: nn.Module,
@@ -229,9 +255,39 @@ def check_weights(
         parts = ["model", "optimizer", "scheduler", "scaler", *["ema"] * config.TRAIN.EMA.ENABLE]
         check_training_state(state, source.path, parts, classes)
         _check_optimizer(config, state, source.path)
+        try:
+            restore(model, state, "model", source.path, assign=True)
+        except ValueError as error:
+            raise _misfit(config, state, source.path, classes, error) from error
         if optimizer is not None:
             _check_groups(optimizer, state["optimizer"], source.path)
-        restore(model, state, "model", source.path, assign=True)
+
+
+def _misfit(
+    config: CfgNode,
+    state: Mapping[str, Any],
+    path: str,
+    classes: Sequence[str],
+    error: ValueError,
+) -> ValueError:
+    """What to say where a run's model is not that of its file: the settings that differ, if known."""
+    there, here = (
+        dict(leaves(yaml.safe_load(text)["MODEL"], "MODEL."))
+        for text in (state.get("config") or "MODEL: {}", dump(config))
+    )
+    names = [name for name in there if name in here and there[name] != here[name]]
+    differing = [
+        f"{name} {there[name]!r} there, {here[name]!r} here" for name in names if name not in _FREE
+    ]
+    saved = state.get("classes") or []
+    if len(saved) != len(classes):
+        differing.append(f"{len(saved)} classes there, {len(classes)} here")
+    first, *more = [line.strip() for line in str(error).splitlines()]
+    reasons = differing or [*more[:2], *[f"and {len(more) - 2} more"] * (len(more) > 2)]
+    return ValueError(
+        f"{first} {'; '.join(reasons)}. Train with the settings of {path}, or start a run of its own with "
+        "another --tag"
+    )
 
 
 def _check_optimizer(config: CfgNode, state: Mapping[str, Any], path: str) -> None:

@@ -614,6 +614,33 @@ def test_mistakes_on_the_command_line_stop_before_any_work(args, message, capsys
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("architecture", ["dfvt", "dilateformer"])
+def test_one_pixel_of_one_image_has_no_variance(architecture, capsys):
+    one = ["DATA.BATCH_SIZE", "1", "AUG.MIXUP", "0", "AUG.CUTMIX", "0", "TRAIN.MAX_STEPS", "1"]
+    small = ["DATA.DATASET", "synthetic", "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "32"]
+    cfg = str(CONFIG_DIR / architecture / f"{architecture}_tiny.yaml")
+    with pytest.raises(SystemExit):
+        run("--opts", *one, *small, cfg=cfg)
+    assert "DATA.BATCH_SIZE=1 and DATA.IMG_SIZE=32: the last batch norms" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.DHVT.EMBED_DIM", "64"], "MODEL.DHVT.EMBED_DIM 32 there, 64 here"),
+        (["MODEL.TYPE", "deit"], "MODEL.TYPE 'dhvt' there, 'deit' here"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model(opts, message, capsys):
+    run("--opts", "TRAIN.MAX_STEPS", "1")
+    with pytest.raises(SystemExit):
+        run("--opts", "TRAIN.MAX_STEPS", "2", *opts)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "another --tag" in error
+
+
 def test_training_images_that_are_missing_stop_the_run_before_any_work(tmp_path, capsys):
     image = tmp_path / "data" / "val" / "cat" / "1.png"
     image.parent.mkdir(parents=True)

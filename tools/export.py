@@ -40,6 +40,7 @@ from models.layers.point_sampling import PointSampledAttention  # noqa: E402
 from models.layers.tokens import to_pair  # noqa: E402
 from models.layers.window import Windowed  # noqa: E402
 from models.layers.window_mlp import WindowMlp  # noqa: E402
+from models.mixers.plain import RandomMixing  # noqa: E402
 from models.mixers.queries import KeptTokens  # noqa: E402
 from modes.build import build_placed, known_classes, load_weights, source_of  # noqa: E402
 from utils.arguments import add_opts  # noqa: E402
@@ -56,6 +57,7 @@ FIXED_SIZE_LAYERS: dict[type[nn.Module], str] = {
     WindowMlp: "it cuts the map into windows, whose number and padding depend on the size",
     GrainedQueries: "its index tables are made per size",
     KeptTokens: "how many tokens it keeps is planned per size",
+    RandomMixing: "its matrix is resized by the size in Python",
     PointSampledAttention: "its samples are scaled by the size in Python",
 }
 

@@ -67,7 +67,12 @@ class TableCache:
         operations.
         """
         learns = table.requires_grad and torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or learns or table.is_inference():
+        if torch.compiler.is_compiling() or table.is_inference():
+            return resize(table)
+        if learns:
+            self._entries.pop(
+                name, None
+            )  # a fused optimizer may follow, which writes without a trace
             return resize(table)
         entry = self._entries.get(name)
         if entry is None or not _is_current(entry, table, size):

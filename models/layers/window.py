@@ -185,12 +185,10 @@ class Windowed(nn.Module):
     ) -> Tensor:
         """`_build_additive`, or the kept result of the last call."""
         sources = self.bias_sources()
-        if (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(tensor.is_inference() for tensor in sources)
-        ):
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
+            return self._build_additive(grid, masked, mask, like)
+        if self.training or torch.is_grad_enabled():
+            self._cache = None  # what follows may write without a trace, as fused optimizers do
             return self._build_additive(grid, masked, mask, like)
         versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
         key = (grid, like.dtype, like.device, versions)
@@ -343,8 +341,13 @@ class CosineWindowAttention(Windowed):
         q, k, v = super().project(x)
         scale = self.logit_scale.clamp(max=math.log(100)).exp().repeat(x.shape[2], 1, 1)
         # Under autocast the norms are float32; the kernel wants one dtype.
-        q = (F.normalize(q, dim=-1) * scale).to(v.dtype)
-        return q, F.normalize(k, dim=-1).to(v.dtype), v
+        q = (_unit(q) * scale).to(v.dtype)
+        return q, _unit(k).to(v.dtype), v
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors (..., d) of length one, and 0 for 0: the usual least length, 1e-12, is 0 in float16."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 def _once(make: Callable[..., Tensor], *args: Any, kept: Constants = _TABLES) -> Tensor:

@@ -20,6 +20,14 @@ def step_memory(model, size):
     return peak_memory(run, setting.device)
 
 
+def test_a_step_of_a_student_with_two_outputs_reaches_all_its_parameters():
+    sizes = dict(img_size=32, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    model = create_model("deit_tiny_distilled_patch16_224", **sizes).train()
+    setting = Setting(torch.device("cpu"), Amp("cpu", "float32"), 4, False)
+    make_pass(Contestant("model", model, (32, 32)), "train", setting)()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SMALL)
 def test_a_step_holds_less_than_the_literal_one(family):

@@ -73,3 +73,19 @@ def test_filters_are_resized_by_matrices_that_are_made_once(dtype, monkeypatch):
     assert first.equal(second)
     second.sum().backward()
     assert filters.grad.isfinite().all()
+
+
+def test_a_copy_does_not_outlive_a_step_of_a_fused_optimizer():
+    """It writes without raising the version of what it writes to."""
+    table = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer, cache = torch.optim.AdamW([table], lr=0.1, fused=True), TableCache()
+
+    def doubled():
+        return cache.get("table", table, (2, 2), lambda t: 2 * t)
+
+    with torch.no_grad():
+        assert doubled() is doubled()
+    doubled().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(doubled(), 2 * table)
