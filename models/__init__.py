@@ -124,6 +124,7 @@ def variant_file(name: str) -> Path:
 def _load_variant(name: str) -> Any:
     from config import load_config  # here, as in build_model
 
+    name = str(name)  # of a path too
     return load_config(name if name.endswith((".yaml", ".yml")) else variant_file(name))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.names import origin
 from utils.spelling import nearest
 
 # Keywords that every backbone takes from shared keys, not from its own node.
@@ -62,7 +63,7 @@ def register(name: str, node: str | None = None) -> Callable[[type], type]:
     """
 
     def decorate(cls: type) -> type:
-        if name.lower() in _ENTRIES and _ENTRIES[name.lower()].cls.__qualname__ != cls.__qualname__:
+        if name.lower() in _ENTRIES and origin(_ENTRIES[name.lower()].cls) != origin(cls):
             raise ValueError(
                 f"MODEL.TYPE='{name}' is registered twice: {_ENTRIES[name.lower()].cls} and {cls}"
             )

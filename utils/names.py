@@ -1,4 +1,4 @@
-"""Dotted names: of modules and parameters, and of the values in nested sections."""
+"""Dotted names: of modules and parameters, of the values in nested sections, of classes and functions."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -21,3 +21,8 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def origin(factory: Any) -> tuple[str, str]:
+    """Where a class or function is written; a module that is loaded again has the same, a copied file not."""
+    return factory.__module__, factory.__qualname__

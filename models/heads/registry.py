@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.registry import Field, signature_fields
+from utils.names import origin
 from utils.spelling import nearest
 
 # What every head is given beside its own keywords: the maps it gets, and the number of classes.
@@ -52,7 +53,7 @@ def register_head(name: str, *, task: str) -> Callable[[type], type]:
     """
 
     def decorate(cls: type) -> type:
-        if name in _HEADS and _HEADS[name].cls.__qualname__ != cls.__qualname__:
+        if name in _HEADS and origin(_HEADS[name].cls) != origin(cls):
             raise ValueError(
                 f"MODEL.HEAD.TYPE='{name}' is registered twice: {_HEADS[name].cls} and {cls}"
             )

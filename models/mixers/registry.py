@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from utils.names import origin
 from utils.spelling import nearest
 
 Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
@@ -89,7 +90,7 @@ def register_mixer(name: str) -> Callable[[Factory], Factory]:
     def decorate(factory: Factory) -> Factory:
         if not name.isidentifier():
             raise ValueError(f"mixer name '{name}' is no identifier, so no YAML file could name it")
-        if name in _FACTORIES and _FACTORIES[name].__qualname__ != factory.__qualname__:
+        if name in _FACTORIES and origin(_FACTORIES[name]) != origin(factory):
             raise ValueError(
                 f"mixer '{name}' is registered twice: {_FACTORIES[name]} and {factory}"
             )

@@ -81,6 +81,14 @@ def test_a_name_is_registered_once(monkeypatch):
 
     with pytest.raises(ValueError, match="registered twice"):
         registry.register("example")(Other)
+    copied = type(
+        "Example", (Example,), {"__module__": "models.copied", "__init__": Example.__init__}
+    )
+    copied.__qualname__ = Example.__qualname__
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.register("example")(copied)
+    copied.__module__ = Example.__module__  # loaded again, as in a notebook
+    registry.register("example")(copied)
 
 
 def test_an_unknown_architecture_names_the_nearest_one():
