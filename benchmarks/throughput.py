@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--models", nargs="+", default=FAMILIES, metavar="MODEL")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=Path("output", "benchmarks"))
     args = parser.parse_args(argv)
     machine = fingerprint(torch.device(args.device))
     folder = args.output / machine_folder(machine)
