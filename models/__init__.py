@@ -99,7 +99,7 @@ def _named(error: ValueError, node: str) -> ValueError:
     return error if str(error).startswith("MODEL.") else ValueError(f"{node}: {error}")
 
 
-def create_model(name: str, **overrides: Any) -> Backbone:
+def create_model(name: str | Path, **overrides: Any) -> Backbone:
     """The published variant `name`, or that of a YAML file (`.yaml`), constructor keywords overridden.
 
     Example:
@@ -121,10 +121,10 @@ def variant_file(name: str) -> Path:
     return _variants()[name]
 
 
-def _load_variant(name: str) -> Any:
+def _load_variant(name: str | Path) -> Any:
     from config import load_config  # here, as in build_model
 
-    name = str(name)  # of a path too
+    name = str(name)
     return load_config(name if name.endswith((".yaml", ".yml")) else variant_file(name))
 
 

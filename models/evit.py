@@ -182,7 +182,7 @@ class EViT(VisionTransformer):
     def conditions(self) -> dict[str, float]:
         """The `keep_rate` again, and `tokens` where their number is set."""
         tokens = {} if self._tokens is None else {"tokens": self._tokens}
-        return {"keep_rate": min(self.keep_rates)} | tokens
+        return self.log_values() | tokens
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, 1 + m, C) of the last block."""

@@ -343,7 +343,7 @@ def _convert(options: argparse.Namespace) -> None:
     weights, facts = read_weights(options.file, options.ema)
     _mention_averages(options, options.file)
     write_weights(options.output, weights, facts)
-    content = map(str, load_file(options.file))
+    content = map(str, load_file(options.file, mapped=True))
     left = sorted({*content} - {*weights, "model", "state_dict", *facts})
     print(f"{options.output}: {len(weights)} tensors; left out: {_short(left)}")
 
