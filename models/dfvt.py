@@ -26,6 +26,7 @@ from .layers.init import init_vit_, new_classifier
 from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
 from .layers.mlp import Mlp
+from .layers.plain import is_plain
 from .layers.precision import autocast_dtype
 from .layers.stages import (
     AbsolutePositions,
@@ -120,9 +121,12 @@ class Dane(nn.Module):
     def forward(self, x: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
         """Mix attention path x with convolution path y, all (B, H, W, C); y_hat is normalised y."""
         norm, score = self.fc_spatial
-        # The affine part of the norm folds into the score: one dot product per token.
-        weight = norm.weight * score.weight
-        spatial = F.linear(y_hat, weight, F.linear(norm.bias, score.weight))  # B H W 1
+        if is_plain(norm, LayerNorm) and is_plain(score, nn.Linear):
+            # The affine part of the norm folds into the score: one dot product per token.
+            weight = norm.weight * score.weight
+            spatial = F.linear(y_hat, weight, F.linear(norm.bias, score.weight))  # B H W 1
+        else:
+            spatial = self.fc_spatial(y)
         channel = self.fc_channel(x.mean((1, 2)))[:, None, None]  # B 1 1 C
         if not self.training and may_keep():
             self._parts = (spatial.detach(), channel.detach())

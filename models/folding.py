@@ -6,7 +6,12 @@ from itertools import pairwise
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
+from .layers.batch_norm import MAP_NORMS
+from .layers.depthwise import DepthwiseConv2d
+from .layers.linear import PointwiseConv2d
+from .layers.plain import is_plain
+
+_CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
@@ -23,7 +28,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
             names = pairwise(module._modules)  # those that are there twice, too
         for first, second in names:
             conv, norm = module.get_submodule(first), module.get_submodule(second)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FOLDABLE):
+            if is_plain(conv, *_CONVOLUTIONS) and is_plain(norm, *MAP_NORMS):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity().eval())
     return model

@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from .names import is_under
@@ -224,24 +228,30 @@ def _count(model: nn.Module, example: Tensor, named: nn.Module) -> Complexity:
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
     given: dict[str, set[tuple[int, int]]] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
+    leaves = {
+        module: name
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    }
 
-            def note(_: nn.Module, inputs: Any, name: str = name) -> None:
-                given[name] = {(id(tensor), tensor._version) for tensor in _tensors(inputs)}
+    def note(module: nn.Module, inputs: Any) -> None:
+        if module in leaves:
+            given[leaves[module]] = {(id(tensor), tensor._version) for tensor in _tensors(inputs)}
 
-            def record(_: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                for tensor in _tensors(output):
-                    # What passes through unchanged (Identity, Dropout in evaluation) is no new tensor; what
-                    # is overwritten would be one in training.
-                    if (id(tensor), tensor._version) in given[name]:
-                        continue
-                    elements[name] = elements.get(name, 0) + tensor.numel()
-                    sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module not in leaves:
+            return
+        name = leaves[module]
+        for tensor in _tensors(output):
+            # What passes through unchanged (Identity, Dropout in evaluation) is no new tensor; what is
+            # overwritten would be one in training.
+            if (id(tensor), tensor._version) in given[name]:
+                continue
+            elements[name] = elements.get(name, 0) + tensor.numel()
+            sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
 
-            hooks.append(module.register_forward_pre_hook(note))
-            hooks.append(module.register_forward_hook(record))
+    # Not hooks of the layers, for which models would leave their faster ways (`models/layers/plain.py`).
+    hooks = [register_module_forward_pre_hook(note), register_module_forward_hook(record)]
     counter = FlopCounterMode(display=False, custom_mapping=_FFT)
     outputs = FlopCounterMode(display=False, custom_mapping=_LAYERS)
     # A model may have a faster way of its own (`Backbone.counting`); its cost must not depend on it.

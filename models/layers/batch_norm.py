@@ -40,6 +40,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
+# Batch norms of maps that do nothing more, as classes derived from them elsewhere may.
+MAP_NORMS = (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
 @torch.library.custom_op("mixlab::batch_norm", mutates_args=(), device_types="cpu")
 def _batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float

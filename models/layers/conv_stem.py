@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .activations import GELU
 from .batch_norm import BatchNorm2d
 from .eager import in_pieces_if_idle
+from .plain import has_hooks, is_plain
 
 
 class Affine(nn.Module):
@@ -75,8 +76,8 @@ class ConvStem(nn.Module):
             and torch.is_grad_enabled()
             and not x.requires_grad
             and x.is_floating_point()
-            # Pruned or normalised weights are made by a hook of the layer.
-            and isinstance(self.proj[0][0].weight, nn.Parameter)
+            and is_plain(self.proj[0][0], nn.Conv2d)
+            and not has_hooks(self.pre_affine)
         )
 
     def _affine_convolution(self, conv: nn.Conv2d, x: Tensor) -> Tensor:

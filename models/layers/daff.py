@@ -4,11 +4,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import made_inplace
-from .batch_norm import BatchNorm2d
+from .batch_norm import MAP_NORMS, BatchNorm2d
 from .checks import hidden_width
 from .depthwise import DepthwiseConv2d
 from .eager import add_owned, in_pieces_if_idle
 from .linear import PointwiseConv2d, linear
+from .plain import has_hooks, is_plain
 
 
 class DAFF(nn.Module):
@@ -71,14 +72,18 @@ class DAFF(nn.Module):
 
 def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None = None) -> Tensor:
     """Convolution, batch norm (or none) and activation of a map (B, H, W, C); norms merge in evaluation."""
-    weight, bias = conv.weight, conv.bias
-    # Pruned or normalised weights are made by a hook of the layer.
-    if norm.training or not isinstance(weight, nn.Parameter):
+    folded = type(norm) is nn.Identity
+    if (
+        norm.training
+        or not is_plain(conv, nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
+        or not (folded or is_plain(norm, *MAP_NORMS))
+    ):
         x = norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return x if act is None else act(x)
-    if isinstance(norm, nn.Identity) and isinstance(conv, PointwiseConv2d):
+    if folded and isinstance(conv, PointwiseConv2d) and not (act and has_hooks(act)):
         return conv.on_map(x, act)
-    if not isinstance(norm, nn.Identity):
+    weight, bias = conv.weight, conv.bias
+    if not folded:
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = weight * scale[:, None, None, None]
         bias = (bias - norm.running_mean) * scale + norm.bias

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .checks import check_heads
+from .plain import is_plain
 
 
 class DilatedAttention(nn.Module):
@@ -61,9 +62,14 @@ class DilatedAttention(nn.Module):
         args = (self.num_heads, self.kernel_size, self.dilation, self.scale)
         if kernels.available(x):
             # On a GPU all stays in the order that a linear layer reads and writes.
-            qkv = F.linear(x, self.qkv.weight.flatten(1), self.qkv.bias)  # B H W 3C
+            if is_plain(self.qkv, nn.Conv2d):
+                qkv = F.linear(x, self.qkv.weight.flatten(1), self.qkv.bias)  # B H W 3C
+            else:
+                qkv = self.qkv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
             return self.proj(kernels.dilated_attention(qkv, *args))
         x = dilated_attention(self._queries_keys_values(x), *args)  # B C H W
+        if not is_plain(self.proj, nn.Linear):
+            return self.proj(x.permute(0, 2, 3, 1))
         weight = self.proj.weight.t().expand(x.shape[0], -1, -1)
         x = _product(x.flatten(2).transpose(1, 2), weight, self.proj.bias, dim=2)  # B HW C
         return x.unflatten(1, size)
@@ -80,6 +86,8 @@ class DilatedAttention(nn.Module):
 
     def _queries_keys_values(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, 3C, H, W)."""
+        if not is_plain(self.qkv, nn.Conv2d):
+            return self.qkv(x.permute(0, 3, 1, 2))
         # Batched products read and write transposed operands: planes come out without a copy.
         weight = self.qkv.weight.flatten(1).expand(x.shape[0], -1, -1)
         qkv = _product(weight, x.flatten(1, 2).transpose(1, 2), self.qkv.bias, dim=1)  # B 3C HW

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .eager import compiled_for_cpu, eager_on_cpu
 from .packed import UNCOUNTED, PackedWeight
+from .plain import has_hooks, is_plain
 
 # Below, setting up the convolution costs more than it saves.
 _MIN_ROWS = 64
@@ -39,16 +40,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.packed)
 
-    def activated(self, x: Tensor, act: nn.Module) -> Tensor:
-        """act(self(x)); of a packed layer in one operation, if it can be and no hook wants to see it."""
-        if self.packed is None or _has_hooks(self) or _has_hooks(act):
-            return act(self(x))
-        return linear(x, self.weight, self.bias, self.packed, act)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
 
 class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution of a copy for inference: a linear layer where the map is channels-last."""
@@ -61,8 +52,15 @@ class PointwiseConv2d(nn.Conv2d):
         return super().forward(x)
 
     def on_map(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, out), activated; see `Linear.activated`."""
+        """(B, H, W, C) -> (B, H, W, out), activated."""
         return linear(x, self.weight, self.bias, self.packed, act)
+
+
+def activated(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """act(layer(x)); of a packed `Linear` in one operation, if it can be and no hook wants to see it."""
+    if is_plain(layer, Linear) and layer.packed is not None and not has_hooks(act):
+        return linear(x, layer.weight, layer.bias, layer.packed, act)
+    return act(layer(x))
 
 
 def linear(
@@ -212,6 +210,7 @@ def _suits_convolution(x: Tensor, weight: Tensor) -> bool:
     return (
         (compiled_for_cpu(x) or eager_on_cpu(x))
         and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)  # quantised ones know linear layers only
         and not torch.is_autocast_enabled("cpu")
         and multiplies_by_onednn()
         and x.numel() >= _MIN_ROWS * x.shape[-1] > 0

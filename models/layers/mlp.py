@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from .activations import made_inplace
 from .checks import hidden_width
 from .eager import in_pieces_if_idle
-from .linear import Linear
+from .linear import Linear, activated
 
 
 class Mlp(nn.Module):
@@ -42,5 +42,5 @@ class Mlp(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _layers(self, x: Tensor) -> Tensor:
-        x = self.drop(self.fc1.activated(x, self.act))
+        x = self.drop(activated(self.fc1, self.act, x))
         return self.drop(self.fc2(x))

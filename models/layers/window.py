@@ -23,6 +23,7 @@ from .checks import check_heads
 from .eager import is_captured
 from .linear import Linear, linear
 from .packed import PackedWeight, can_pack
+from .plain import is_plain
 from .precision import autocast_dtype
 from .resize import precise_dtype, resize_bias_table
 from .table_cache import Constants
@@ -107,6 +108,10 @@ class Windowed(nn.Module):
         """Bias of the projection to q, k, v: (3C,)."""
         return self.qkv.bias
 
+    def call_projection(self, x: Tensor) -> Tensor:
+        """(..., C) -> q, k, v (..., 3C), by a call of the layer."""
+        return self.qkv(x)
+
     def windows_on(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Window side and shift on a map (H, W)."""
         if self.fixed_windows:
@@ -151,7 +156,11 @@ class Windowed(nn.Module):
 
     def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Windows (G, N, M, C) -> q, k, v (3, G, M*h, N, d), a view of one matrix product."""
-        weight, bias, heads = self.qkv.weight, self.projection_bias(), self.num_heads
+        heads = self.num_heads
+        if not is_plain(self.qkv, Linear):
+            x = self.call_projection(x).unflatten(3, (3, heads, -1))  # G N M 3 h d
+            return x.permute(3, 0, 2, 4, 1, 5).flatten(2, 3)
+        weight, bias = self.qkv.weight, self.projection_bias()
         packed = self.packed_qkv
         packed = packed if packed is not None and packed.suits(x, weight) else None
         if x.shape[2] == 1 and packed is None:
@@ -163,8 +172,8 @@ class Windowed(nn.Module):
 
     def pack_weights(self) -> None:
         """Lay out the weight of queries, keys and values for inference."""
-        if can_pack(weight := self.qkv.weight):
-            self.packed_qkv = PackedWeight(weight, self._by_head)
+        if is_plain(self.qkv, Linear) and can_pack(self.qkv.weight):
+            self.packed_qkv = PackedWeight(self.qkv.weight, self._by_head)
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """Rows (q | k | v, head, d) -> (head, q | k | v, d): windows and heads then merge without a copy."""
@@ -322,19 +331,23 @@ class CosineWindowAttention(Windowed):
         return super().constants() | {"relative_coords_table": table}
 
     def bias_sources(self) -> list[Tensor]:
-        return list(self.cpb_mlp.parameters())
+        return [*self.cpb_mlp.parameters(), *self.cpb_mlp.buffers()]
 
     def bias_table(self, window: int) -> Tensor:
         coords = self.relative_coords_table
         if window != self.window:
             coords = _once(relative_coords_table, window, self.pretrained_window, coords.device)
-        table = self.cpb_mlp(coords.to(self.cpb_mlp[0].weight.dtype))
+        table = self.cpb_mlp(coords.to(self.logit_scale.dtype))
         return 16 * table.flatten(0, 2).sigmoid()
 
     def projection_bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def call_projection(self, x: Tensor) -> Tensor:
+        bias = self.projection_bias()  # the layer has none
+        return self.qkv(x) if bias is None else self.qkv(x) + bias
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows (G, N, M, C) -> q and k of length one, q times the scale, and v: (G, M*h, N, d)."""

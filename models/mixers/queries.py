@@ -19,7 +19,8 @@ from ..layers.attention import Attention, merge_heads, split_heads
 from ..layers.eager import may_keep
 from ..layers.grained import GrainedQueries, Routing, coarser_cells, ragged_attention
 from ..layers.head_interaction import HIAttention
-from ..layers.linear import linear
+from ..layers.linear import Linear, linear
+from ..layers.plain import is_plain
 from ..layers.spatial_reduction import SpatialReductionAttention
 from ..layers.token_maps import attention_probabilities
 from ..layers.tokens import Size
@@ -43,6 +44,8 @@ class SplitAttention(Attention):
         return self.proj_drop(self.proj(x))
 
     def _part(self, x: Tensor, rows: slice) -> Tensor:
+        if not is_plain(self.qkv, Linear):
+            return self.qkv(x)[..., rows]
         bias = self.qkv.bias
         return linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
 

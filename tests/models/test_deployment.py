@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import create_model, deployment
 from models.deployment import deploy, pack_weights
 from models.layers.activations import GELU, SiLU
-from models.layers.linear import Linear, PointwiseConv2d
+from models.layers.linear import Linear, PointwiseConv2d, activated
 from models.layers.packed import PackedWeight, can_pack
 from tests.golden_tools import fill_module_, relative_error
 from tests.small_models import SMALL
@@ -80,10 +80,10 @@ def test_an_activation_is_part_of_the_product(act, bias, products):
     layer, x = Linear(24, 40, bias=bias), 3 * torch.randn(2, 5, 24)
     expected = act(layer(x))
     packed(layer)
-    torch.testing.assert_close(layer.activated(x, act), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(activated(layer, act, x), expected, rtol=1e-5, atol=2e-6)
     assert products == ["gelu" if isinstance(act, nn.GELU) else "swish"]
     other = nn.Tanh()
-    torch.testing.assert_close(layer.activated(x, other), other(layer(x)))
+    torch.testing.assert_close(activated(layer, other, x), other(layer(x)))
 
 
 @torch.no_grad()
@@ -216,15 +216,15 @@ def test_hooks_see_a_layer_and_its_activation(products):
     layer, act, x = packed(Linear(24, 40)), GELU(), torch.randn(5, 24)
     layer.register_forward_hook(lambda module, inputs, output: output * 0 + 1)
     torch.testing.assert_close(
-        layer.activated(x, act), torch.full((5, 40), F.gelu(torch.ones(())).item())
+        activated(layer, act, x), torch.full((5, 40), F.gelu(torch.ones(())).item())
     )
     act.register_forward_hook(lambda module, inputs, output: output * 0)
-    assert packed(Linear(24, 40)).activated(x, act).count_nonzero() == 0
+    assert activated(packed(Linear(24, 40)), act, x).count_nonzero() == 0
     assert set(products) == {"none"}
     prune.l1_unstructured(layer, "weight", 0.5)
     layer.weight_orig.zero_()
     layer._forward_hooks.clear()
-    torch.testing.assert_close(layer.activated(x, nn.Identity()), layer.bias.expand(5, 40))
+    torch.testing.assert_close(activated(layer, nn.Identity(), x), layer.bias.expand(5, 40))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")
