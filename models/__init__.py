@@ -138,11 +138,17 @@ def _variants() -> dict[str, Path]:
             content = yaml.load(
                 path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             )
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             _LOG.warning("%s is no variant, it cannot be read as YAML: %s", path, error)
             continue
         model = content.get("MODEL") if isinstance(content, dict) else None
-        if isinstance(model, dict) and model.get("NAME") == path.stem:
+        if not isinstance(model, dict) or model.get("NAME") != path.stem:
+            continue
+        if path.stem in found:
+            _LOG.warning(
+                "%s is not used: %s has the name %s, too", path, found[path.stem], path.stem
+            )
+        else:
             found[path.stem] = path
     return found
 

@@ -7,7 +7,7 @@ keyword `embed_dim: int = 96`: the signature is the only home of a hyper-paramet
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,15 +99,22 @@ def signature_fields(cls: type, given: Collection[str] = SHARED_KEYWORDS) -> dic
 
     `**keywords` stands for those of the next base class; a default of its own comes before the base's.
     """
-    constructors = [c for c in cls.__mro__ if "__init__" in vars(c) and c is not object]
     fields: dict[str, Field] = {}
-    for constructor in constructors:
+    for constructor in constructors(cls):
         own = _own_fields(constructor, given)
         fields |= {keyword: field for keyword, field in own.items() if keyword not in fields}
-        parameters = inspect.signature(constructor.__init__).parameters.values()
+    return fields
+
+
+def constructors(cls: type) -> Iterator[type]:
+    """The classes whose constructors get keywords of `cls`: while one passes them on, the next."""
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner) or owner is object:
+            continue
+        yield owner
+        parameters = inspect.signature(owner.__init__).parameters.values()
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
-    return fields
 
 
 def _own_fields(cls: type, given: Collection[str]) -> dict[str, Field]:

@@ -1,6 +1,7 @@
 """Dotted names: of modules and parameters, of the values in nested sections, of classes and functions."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 
@@ -25,4 +26,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def origin(factory: Any) -> tuple[str, str]:
     """Where a class or function is written; a module that is loaded again has the same, a copied file not."""
+    if isinstance(factory, partial):
+        module, name = origin(factory.func)
+        return module, f"partial({name}, {factory.args}, {factory.keywords})"
     return factory.__module__, factory.__qualname__

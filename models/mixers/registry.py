@@ -2,9 +2,9 @@
 
 A mixer is a module that maps (B, H, W, C) to (B, H, W, C) for any H and W. Its constructor takes the width
 and keywords. Those that `MixerContext` names are filled in by the frame; the others are options, plain data
-with a default, that a YAML file sets as in `"dynamic_filter(num_filters=2)"`. Their types are checked here
-against the annotations, their ranges by the constructor, whose ValueError is passed on with the spec. A mixer
-may have
+with a default, that a YAML file sets as in `"dynamic_filter(num_filters=2)"`. Their types are checked against
+the annotations (`options`), their ranges by the constructor, whose ValueError is passed on with the spec. A
+mixer may have
 
 - `init_()`: its own start, called after the frame has initialised all Linear and convolutions;
 - `token_map() -> Tensor | None`: what explanation tools draw of the last evaluation forward, kept by itself
@@ -13,12 +13,7 @@ may have
 - `aux_losses() -> dict[str, Tensor]`: weighted losses of the last training forward, by name.
 """
 
-import ast
-import inspect
-import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +21,8 @@ from torch import Tensor, nn
 
 from utils.names import origin
 from utils.spelling import nearest
+
+from .options import check_types, keywords_of, parse_spec
 
 Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
 
@@ -118,7 +115,7 @@ def build_mixer(spec: str, dim: int, context: MixerContext) -> nn.Module:
             f"MODEL.METAFORMER.MIXERS: no mixer is named '{name}'; did you mean one of "
             f"{nearest(name, _FACTORIES)}? All: {list_mixers()}"
         )
-    parameters = _parameters(name)
+    parameters = keywords_of(_FACTORIES[name])
     given = {key: value for key, value in vars(context).items() if key in parameters}
     try:
         _check_options(name, options, parameters)
@@ -129,18 +126,11 @@ def build_mixer(spec: str, dim: int, context: MixerContext) -> nn.Module:
         raise ValueError(f"MODEL.METAFORMER.MIXERS: '{spec}': {error}{hint}") from error
 
 
-def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    """The keywords of a mixer's constructor, that is, all of its parameters but the width."""
-    return dict(list(inspect.signature(_FACTORIES[name]).parameters.items())[1:])
-
-
-def _check_options(
-    name: str, options: dict[str, Any], parameters: Mapping[str, inspect.Parameter]
-) -> None:
+def _check_options(name: str, options: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """ValueError for options that mixer `name` does not have, and for values of another type."""
     unknown = [option for option in options if option not in parameters]
     if unknown and set(unknown) <= set(QUERY_OPTIONS):
-        takers = [mixer for mixer in list_mixers() if unknown[0] in _parameters(mixer)]
+        takers = [mixer for mixer in list_mixers() if unknown[0] in keywords_of(_FACTORIES[mixer])]
         raise ValueError(
             f"{unknown[0]} needs global keys for each query, so that a query need not be one of the tokens; "
             f"mixer '{name}' has none. Mixers that take it: {takers}"
@@ -154,51 +144,4 @@ def _check_options(
             f"{fixed} follow from the frame, not from the mixer: set MODEL.METAFORMER.ACT, DATA.IMG_SIZE or "
             "MODEL.DROP_RATE"
         )
-    factory = _FACTORIES[name]
-    hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)
-    for option, value in options.items():
-        if not _fits(value, hints.get(option, Any)):
-            raise ValueError(f"{option}={value!r} must be {_describe(hints[option])}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a literal has the annotated type; annotations of other than plain data are not checked."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, tuple, Sequence):
-        element = typing.get_args(hint)[0]
-        return isinstance(value, list | tuple) and all(_fits(part, element) for part in value)
-    if hint is float:  # whole numbers may stand where fractions are asked for
-        return type(value) in (int, float)
-    return type(value) is hint if hint in (bool, int, str, type(None)) else True
-
-
-def _describe(hint: Any) -> str:
-    """An annotation in words, as in `a list of whole numbers, or None`."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return ", or ".join(_describe(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) in (list, tuple, Sequence):
-        return f"a list of {_describe(typing.get_args(hint)[0]).removeprefix('a ')}s"
-    words = {
-        bool: "True or False",
-        int: "a whole number",
-        float: "a number",
-        str: "a word in quotes",
-    }
-    return words.get(hint, "None")
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`"dilated(dilation=[1, 2])"` -> ("dilated", {"dilation": [1, 2]}); values are Python literals."""
-    match = re.fullmatch(r"\s*([^\W\d]\w*)\s*(\(.*\))?\s*", spec, re.DOTALL)
-    try:
-        # Under another name, because `global` is a word of Python's own.
-        call = ast.parse(f"mixer{match[2] or '()'}", mode="eval").body if match else None
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
-            return match[1], {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
-        pass  # reported below, together with what parses but is no call
-    raise ValueError(
-        f"MODEL.METAFORMER.MIXERS: cannot read '{spec}'; write 'name' or 'name(option=value, ...)' "
-        "with literal values"
-    )
+    check_types(options, parameters)

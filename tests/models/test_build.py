@@ -8,7 +8,8 @@ import torch
 import hubconf
 from config import load_config
 from models import build_model, create_model, registry, variant_file
-from models.mixers.registry import MixerContext, build_mixer, parse_spec
+from models.mixers.options import parse_spec
+from models.mixers.registry import MixerContext, build_mixer
 from tests.golden_tools import SkipInit
 
 

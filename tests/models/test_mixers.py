@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from models.layers.mlp import Mlp
 from models.layers.spatial_reduction import SpatialReductionAttention
 from models.metaformer import MetaFormer, MetaFormerBlock
 from models.mixers import MixerContext, build_mixer, list_mixers, register_mixer, registry
-from models.mixers.registry import parse_spec
+from models.mixers.options import parse_spec
 from tests.reference.afno import afno
 from tests.reference.fourier_filter import dynamic_filter, global_filter, star_relu
 from utils.complexity import count
@@ -264,6 +266,8 @@ def test_options_of_a_spec_reach_the_mixer():
         ("dynamic_filter(num_filters=max(1, 2))", "with literal values"),
         ("3 + 4", "cannot read"),
         ("pooling(", "cannot read"),
+        ("pooling(pool_size=3, pool_size=5)", "each option once"),
+        ("pooling(**{'pool_size': 3})", "cannot read"),
     ],
 )
 def test_a_spec_that_names_no_mixer_is_explained(spec, message):
@@ -385,6 +389,67 @@ def test_options_without_plain_types_are_left_to_the_mixer(monkeypatch):
     assert build_mixer("loose(what=1.5, table={1: 2})", 8, CONTEXT).given == (1.5, {1: 2}, "a")
     with pytest.raises(ValueError, match="name=3 must be a word in quotes"):
         build_mixer("loose(what=1, name=3)", 8, CONTEXT)
+
+
+def test_annotations_of_every_kind_are_checked_or_left(monkeypatch):
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+
+    @register_mixer("many")
+    class Many(nn.Identity):
+        def __init__(
+            self,
+            dim,
+            *,
+            pair: tuple[int, str] = (1, "a"),
+            grids: Sequence[Sequence[int]] = (),
+            bare: typing.List = (),  # noqa: UP006, as users write it
+            mode: typing.Literal["max", "mean"] = "max",
+            numbers: tuple[float, ...] | None = None,
+        ):
+            super().__init__()
+
+    build_mixer("many(pair=[2, 'b'], grids=[[1], [2]], bare=[1, 'x'], numbers=[1])", 8, CONTEXT)
+    for option, message in {
+        "pair=[2, 3]": "a list of 2: a whole number, a word in quotes$",
+        "pair=[2]": "a list of 2:",
+        "grids=[1]": "a list of lists of whole numbers$",
+        "bare=3": "a list$",
+        "mode='min'": r"one of \['max', 'mean'\]$",
+        "numbers=['x']": "a list of numbers, or None$",
+    }.items():
+        with pytest.raises(ValueError, match="must be " + message):
+            build_mixer(f"many({option})", 8, CONTEXT)
+
+
+def test_mixers_may_be_partial_functions_derived_classes_or_annotated_for_checkers(monkeypatch):
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+
+    @register_mixer("base")
+    class Base(nn.Identity):
+        def __init__(self, dim, *, size: int = 3, num_heads: int = 1):
+            super().__init__()
+            self.given = (size, num_heads)
+
+    @register_mixer("derived")
+    class Derived(Base):
+        def __init__(self, dim, *, more: bool = False, **keywords):
+            super().__init__(dim, **keywords)
+            self.more = more
+
+    def annotated(dim, *, size: "OnlyForCheckers" = 3):  # noqa: F821
+        return Base(dim, size=size)
+
+    register_mixer("annotated")(annotated)
+    register_mixer("five")(partial(Base, size=5))
+    heads = CONTEXT.num_heads
+    assert build_mixer("derived(size=4, more=True)", 8, CONTEXT).given == (4, heads)
+    with pytest.raises(ValueError, match="size='x' must be a whole number"):
+        build_mixer("derived(size='x')", 8, CONTEXT)
+    with pytest.raises(ValueError, match=r"no option \['other'\]; it takes \['more', 'num_heads'"):
+        build_mixer("derived(other=1)", 8, CONTEXT)
+    assert build_mixer("five", 8, CONTEXT).given == (5, heads)
+    assert build_mixer("five(num_heads=2)", 8, CONTEXT).given == (5, 2)
+    assert build_mixer("annotated(size=7)", 8, CONTEXT).given == (7, 1)
 
 
 def test_a_name_is_registered_once():

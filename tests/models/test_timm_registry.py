@@ -171,3 +171,17 @@ def test_yaml_files_of_other_kinds_are_no_variants_and_do_not_stop_the_import(
         assert set(models._variants.__wrapped__()) == {"good"}
     assert "broken.yaml" in caplog.text
     assert CONFIG_DIR.is_dir()
+
+
+def test_of_two_variants_of_one_name_the_first_is_used_and_the_other_named(
+    tmp_path, monkeypatch, caplog
+):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.yaml").write_text("MODEL: {NAME: same}")
+    (tmp_path / "b" / "gone.yaml").symlink_to(tmp_path / "nowhere.yaml")
+    monkeypatch.setattr(models, "CONFIG_DIR", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert models._variants.__wrapped__() == {"same": tmp_path / "a" / "same.yaml"}
+    assert f"{tmp_path / 'b' / 'same.yaml'} is not used" in caplog.text
+    assert "gone.yaml" in caplog.text
