@@ -181,7 +181,11 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
     figure = Figure(figsize=(6.5 * len(modes), 4.8), layout="constrained")
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        rows = {row["model"]: row for row in result["rows"] if row["mode"] == mode}
+        rows: dict[str, dict[str, Any]] = {}
+        for row in result["rows"]:
+            # A model may be there a second time, as what another is compared with.
+            if row["mode"] == mode and (row["model"] not in rows or "baseline" in row):
+                rows[row["model"]] = row
         shapes, colours = itertools.cycle("osD^vPX*"), itertools.cycle(_COLOURS)
         points = {}
         for name, row in rows.items():

@@ -32,6 +32,7 @@ from benchmarks.contestants import TIMM_SWIN, Contestant, Setting, enter  # noqa
 from benchmarks.measure import MEMORY_KINDS, measure_peaks, race  # noqa: E402
 from benchmarks.report import bounds, costs, figures, pooled, to_markdown, write  # noqa: E402
 from utils.amp import Amp  # noqa: E402
+from utils.distributed import own_device  # noqa: E402
 from utils.fingerprint import fingerprint, load_average  # noqa: E402
 from utils.wrappers import COMPILE_MODES  # noqa: E402
 
@@ -232,7 +233,7 @@ def _with_bounds(result: dict[str, Any], setting: Setting) -> dict[str, Any]:
 
 
 def _setting(args: argparse.Namespace) -> Setting:
-    device = torch.device(args.device)
+    device = own_device(args.device)
     amp = Amp(device, args.dtype)
     amp.set_float32_precision()
     return Setting(device, amp, args.batch_size, args.channels_last)

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import machine_folder  # noqa: E402  found through the line above
 from benchmarks.run import MODELS  # noqa: E402
 from models import variant_file  # noqa: E402
+from utils.distributed import own_device  # noqa: E402
 from utils.fingerprint import fingerprint  # noqa: E402
 
 # The families' variants, without baselines and shares of queries.
@@ -69,7 +68,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("output", "benchmarks"))
     args = parser.parse_args(argv)
-    machine = fingerprint(torch.device(args.device))
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size} must be at least 1")
+    try:
+        device = own_device(args.device)
+        for name in args.models:
+            variant_file(name)
+    except ValueError as error:
+        parser.error(str(error))
+    machine = fingerprint(device)
     folder = args.output / machine_folder(machine)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

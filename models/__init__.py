@@ -117,7 +117,9 @@ def variant_file(name: str) -> Path:
     """The YAML file of variant `name`; ValueError names the nearest ones."""
     if name not in _variants():
         close = nearest(name, _variants())
-        raise ValueError(f"no model is named '{name}'; did you mean one of {close}?")
+        raise ValueError(
+            f"no model is named '{name}'; did you mean one of {close}? models.list_models() has all"
+        )
     return _variants()[name]
 
 

@@ -41,7 +41,7 @@ from data.samplers import Key
 from data.transforms import channel_stats, to_image
 from models.layers.tokens import to_pair
 from utils.arguments import add_opts
-from utils.distributed import choose_device, read_launch
+from utils.distributed import own_device
 from utils.fingerprint import fingerprint, load_average
 
 WORKER_STAGES = ("read", "decode", "augment", "collate")
@@ -266,7 +266,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check_is_classifier(config, "the stages that are timed are those of its images")
     if config.DATA.ON_DEVICE:
         raise ValueError("DATA.ON_DEVICE=True: there is no loader whose stages could be timed")
-    device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
+    device = own_device(config.DEVICE)
     machine = fingerprint(device)
     stages = time_stages(build(config, args.split, device, 0), args.batches, args.rounds)
     cpus = machine["cores"]

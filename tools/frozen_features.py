@@ -43,7 +43,7 @@ from models import Backbone  # noqa: E402
 from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from utils.amp import Amp  # noqa: E402
 from utils.arguments import add_opts  # noqa: E402
-from utils.distributed import choose_device, read_launch  # noqa: E402
+from utils.distributed import own_device  # noqa: E402
 
 CLASSIFIERS = ("logistic", "mean")
 # Queries compared with all training images at once.
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(args.cfg, args.opts, {k: v for k, v in given.items() if v})
         check_is_classifier(config, "features are what a classifier reads")
-        device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
+        device = own_device(config.DEVICE)
         loaders = {
             split: build_loader(config, "val", device=device, dataset=build_dataset(config, split))
             for split in ("train", "val")

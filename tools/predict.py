@@ -39,7 +39,7 @@ from models.evit import kept_patches  # noqa: E402
 from models.layers.tokens import Size  # noqa: E402
 from modes.build import load_trained  # noqa: E402
 from utils.arguments import add_opts  # noqa: E402
-from utils.distributed import choose_device, read_launch  # noqa: E402
+from utils.distributed import own_device  # noqa: E402
 from utils.pictures import draw_values, save_picture, side_by_side  # noqa: E402
 from utils.spelling import nearest  # noqa: E402
 
@@ -62,7 +62,7 @@ class Predictor:
 
     def __init__(self, config: Any):
         check_is_classifier(config, "a class is predicted (tools/predict_dense.py finds more)")
-        self.device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
+        self.device = own_device(config.DEVICE)
         self.model, self.names = load_trained(config, self.device)
         self.transform = build_transform(config, training=False)
         self.finish = build_finish(config)

@@ -41,7 +41,7 @@ from modes.dense_evaluation import Drawing  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
 from utils.arguments import add_opts  # noqa: E402
-from utils.distributed import choose_device, read_launch  # noqa: E402
+from utils.distributed import own_device  # noqa: E402
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def find(
             "TASK='classification' must be detection or segmentation: tools/predict.py says classes of images"
         )
     Photographs(files).check()
-    device = choose_device(config.DEVICE, read_launch({}), torch.cuda.device_count())
+    device = own_device(config.DEVICE)
     amp = Amp(device, config.AMP_DTYPE, config.AMP_ENABLE, config.AMP_OPT_LEVEL)
     amp.set_float32_precision()
     model, names = load_trained(config, device)

@@ -172,6 +172,7 @@ def _ratios(mode: str, compiled: bool, races: list[tuple[Path, dict[str, Any]]])
 def _race_label(path: Path, result: dict[str, Any]) -> str:
     """Where a race ran and how, linked to its full table."""
     machine, run = result["machine"], result["run"]
+    load = machine.get("load_average")
     parts = [
         machine.get("gpu", machine["cpu"]),
         f"{machine['tflop_per_s']:.2f} TFLOP/s",
@@ -180,6 +181,7 @@ def _race_label(path: Path, result: dict[str, Any]) -> str:
         *(["channels last"] if run["channels_last"] else []),
         "alone" if run["processes"] else "all in one process",
         *(["baselines compiled"] if run["compile_baseline"] else []),
+        *([f"**busy: load {load[0]:.1f}**"] if load and load[0] > machine["threads"] else []),
         f"torch {machine['torch'].partition('+')[0]}",
         f"commit {(machine['commit'] or 'unknown')[:7]}",
     ]

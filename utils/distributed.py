@@ -223,6 +223,11 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
+def own_device(device: str) -> torch.device:
+    """`choose_device` for a process that has no others beside it."""
+    return choose_device(device, read_launch({}), torch.cuda.device_count())
+
+
 def choose_device(device: str, launch: Launch, visible_gpus: int) -> torch.device:
     """The device of this process; ValueError if it has no GPU of its own."""
     if device == "auto":

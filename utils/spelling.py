@@ -6,11 +6,16 @@ from typing import TypeVar
 
 Choice = TypeVar("Choice")
 
+# So many names are a list that can be read.
+_FEW = 20
+
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """The choices spelt most like `word`, case aside; all of them (sorted) if none is close."""
+    """The choices spelt most like `word`, case aside; if none is close, all of a few (sorted)."""
     spelling = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(word.lower(), spelling, n=count)
+    if not close and len(spelling) > _FEW:
+        close = difflib.get_close_matches(word.lower(), spelling, n=count, cutoff=0.0)
     return [spelling[c] for c in close] or sorted(spelling.values())
 
 

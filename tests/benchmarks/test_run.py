@@ -6,12 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 from benchmarks import measure, run, throughput
 from benchmarks.contestants import Contestant, Setting, enter, fix_routing
 from benchmarks.literal import literal
-from benchmarks.report import bounds, costs, figures, file_name, machine_folder, pooled, to_markdown
+from benchmarks.report import (
+    bounds,
+    costs,
+    draw,
+    figures,
+    file_name,
+    machine_folder,
+    pooled,
+    to_markdown,
+)
 from models import create_model
 from models.layers.batch_norm import BatchNorm2d
 from models.layers.depthwise import DepthwiseConv2d
@@ -425,9 +435,41 @@ def test_rounds_of_several_processes_are_pooled():
         ("--processes 1 --models dhvt_tiny_cifar_patch4 dfvt_smal", "did you mean"),
         ("--models dfvt_smal", "did you mean"),
         ("--rounds 0", "--rounds 0 must be at least 1"),
+        ("--device tpu", "must be one of auto, cpu, cuda"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, message, capsys):
     with pytest.raises(SystemExit):
         run.main(["--device", "cpu", *arguments.split()])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--models dfvt_smal", "did you mean"),
+        ("--batch-size 0", "--batch-size 0 must be at least 1"),
+        ("--device tpu", "must be one of auto, cpu, cuda"),
+    ],
+)
+def test_throughput_says_what_cannot_be_run(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(arguments.split())
+    assert message in capsys.readouterr().err
+
+
+def test_the_picture_has_a_model_that_another_is_compared_with(tmp_path, monkeypatch):
+    labels, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *a, **k: labels.append(k.get("label")) or plot(*a, **k)
+    )
+    names = ("a", "b", "a (literal)")
+    cost = dict(gmacs=1.0, fft_gmacs=0.0)
+    rows = [
+        dict(model="b", mode="train", img_per_s=2.0, baseline="a"),
+        dict(model="a", mode="train", img_per_s=3.0, baseline="a (literal)"),
+        dict(model="a (literal)", mode="train", img_per_s=1.0),
+        dict(model="a", mode="train", img_per_s=3.1),
+    ]
+    draw(dict(rows=rows, costs={name: dict(train=cost) for name in names}), tmp_path / "a.png")
+    assert {"a", "b"} <= set(labels)

@@ -58,7 +58,14 @@ def test_each_result_is_a_column_of_the_speed_tables(tmp_path, monkeypatch):
         path = tmp_path / "results" / folder / "race.json"
         path.parent.mkdir(exist_ok=True, parents=True)
         result = dict(
-            machine=dict(cpu="CPU", tflop_per_s=0.5, torch="2.15.0+cu1", commit="0123456789"),
+            machine=dict(
+                cpu="CPU",
+                threads=2,
+                load_average=[2.5 if processes else 2.0, 0.0, 0.0],
+                tflop_per_s=0.5,
+                torch="2.15.0+cu1",
+                commit="0123456789",
+            ),
             run=dict(
                 batch_size=8,
                 dtype="float32",
@@ -77,7 +84,7 @@ def test_each_result_is_a_column_of_the_speed_tables(tmp_path, monkeypatch):
     assert lines[3:7] == [
         "| model | against | [CPU, 0.50 TFLOP/s, batch 8, all in one process, torch 2.15.0, commit 0123456]"
         "(results/cpu/race.md) | [CPU, 0.50 TFLOP/s, batch 8, channels last, alone, baselines compiled, "
-        "torch 2.15.0, commit 0123456](results/other/race.md) |",
+        "**busy: load 2.5**, torch 2.15.0, commit 0123456](results/other/race.md) |",
         "|---|---|---:|---:|",
         "| a | b | **2.00** (3.0) | **2.00** (3.0) |",
         "| c | b | **2.00** (3.0) |  |",

@@ -16,3 +16,8 @@ def test_a_wrong_choice_is_said_with_key_value_and_choices():
         ValueError, match=r"MODEL.ACT='rleu' must be one of \['gelu', 'relu'\].*relu\?"
     ):
         choose("MODEL.ACT", "rleu", {"relu": 1, "gelu": 2})
+
+
+def test_of_many_names_of_which_none_is_close_the_nearest_few_are_named():
+    names = [f"model_{i}" for i in range(50)]
+    assert len(nearest("xyz", names)) == 3
