@@ -94,7 +94,9 @@ _C.DATA.PAIRS.REDUCE_ZERO_LABEL = False
 
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"  # architecture: a registered name, without regard to case
-_C.MODEL.NAME = "swin_tiny_patch4_window7_224"  # variant: names the output folder
+_C.MODEL.NAME = (
+    "swin_tiny_patch4_window7_224"  # variant: names the output folder; of another TYPE: the file
+)
 _C.MODEL.PRETRAINED = ""  # weights to start from: tables are resized, another head is replaced
 _C.MODEL.PRETRAINED_PARTIAL = False  # accept a file that lacks tensors, or has others
 _C.MODEL.PRETRAINED_EMA = False  # take the averaged weights of a file that holds both
@@ -323,7 +325,10 @@ def load_config(
     given += [(key, value, "--opts") for key, value in pairs]
     given += [(key, value, "the command line") for key, value in (flags or {}).items()]
     config = _C.clone()
-    kind = {key: value for key, value, _ in given}.get("MODEL.TYPE", config.MODEL.TYPE)
+    last = {key: value for key, value, _ in given}
+    kind = last.get("MODEL.TYPE", config.MODEL.TYPE)
+    if "MODEL.TYPE" in last and "MODEL.NAME" not in last:
+        config.MODEL.NAME = Path(cfg_file).stem  # not that of the default model
     for key, value, source in given:
         _set(config, key, value, source, str(kind))
     _follow_flags(config, opts, flags or {})

@@ -129,6 +129,15 @@ def test_later_sources_win_base_then_file_then_opts_then_flags(tmp_path):
     assert (config.TRAIN.EPOCHS, config.TAG) == (4, "flag")
 
 
+def test_a_file_that_names_an_architecture_and_not_itself_has_its_own_name(tmp_path):
+    path = tmp_path / "mixed.yaml"
+    path.write_text("MODEL: {TYPE: metaformer}")
+    assert load_config(path).MODEL.NAME == "mixed"
+    assert load_config(path, ["MODEL.NAME", "other"]).MODEL.NAME == "other"
+    path.write_text("MODEL: {DROP_RATE: 0.1}")
+    assert load_config(path).MODEL.NAME == "swin_tiny_patch4_window7_224"
+
+
 def test_base_is_found_relative_to_the_file_that_names_it(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path / "base.yaml", "SEED: 7\n")

@@ -37,11 +37,16 @@ _DEIT = re.compile(r"Epoch: \[(\d+)\]\s+\[\s*(\d+)/(\d+)\]\s+(.*)")
 _VALUE = re.compile(rf"(\w+):? +({_NUMBER})(?![\w:.])(?: +\({_NUMBER}\))?")
 _MEMORY = re.compile(r"\b(?:max )?mem:? +(\d+)(?:MB)?\b")
 _SCORE = re.compile(rf"\* Acc@1 +({_NUMBER}) +Acc@5 +({_NUMBER})(?: +loss +({_NUMBER}))?")
+# Of detection and segmentation: "* AP 30.100 mask AP 25.000 (10 images)", "* mIoU 40.10 aAcc 80.00 (9 images)".
+_NAMED = rf"((?:mask )?AP\w*|mIoU|mAcc|aAcc) +({_NUMBER}) +"
+_DENSE_SCORE = re.compile(rf"\* ((?:{_NAMED})+)\(\d+ images")
 # How whole lines end: Swin's with the memory, DeiT's with the times (and the memory of a GPU).
 _END = re.compile(r"\bmem \d+MB|\bdata: [\d.]+")
 # A line that begins as one of these must be whole.
-_STARTS = re.compile(r"Train: \[|Epoch: \[(?!.*Total time)|\* Acc@1")
+_STARTS = re.compile(r"Train: \[|Epoch: \[(?!.*Total time)|\* (?:Acc@1|AP|mIoU|aAcc)")
 _SKIPPED = {"eta", "n_parameters", "epoch", "kind", "step", "mem"}
+# What pictures show, of the first task that has one.
+_METRICS = ("acc1", "AP", "mIoU")
 _TIMM = {"eval_top1": "acc1", "eval_top5": "acc5"}
 
 
@@ -136,6 +141,11 @@ def _read_lines(lines: Iterable[str]) -> Log:
             numbers = dict(zip(("acc1", "acc5", "loss"), score.groups(), strict=True))
             log.add("eval", after, {k: float(v) for k, v in numbers.items() if v is not None})
             log.found["scores"] += 1
+        elif dense := _DENSE_SCORE.search(text):
+            named = re.findall(_NAMED, dense[1])
+            scores = {name.replace(" ", "_"): float(value) for name, value in named}
+            log.add("eval", after, scores)
+            log.found["scores"] += 1
         elif _STARTS.search(text):
             log.damaged += 1
     for record in epochs:
@@ -217,7 +227,11 @@ def write_picture(log: Log, picture: str | Path, title: str = "") -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "metrics.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in log.records()))
-        plot_training(file, picture, title=title)
+        names = {
+            name for (kind, _), numbers in log.values.items() if kind == "eval" for name in numbers
+        }
+        metric = next((name for name in _METRICS if name in names), _METRICS[0])
+        plot_training(file, picture, metric, title)
 
 
 def main(args: Sequence[str] | None = None) -> None:

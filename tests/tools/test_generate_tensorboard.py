@@ -104,6 +104,24 @@ def test_timms_table_becomes_curves_by_epochs(tmp_path):
     assert log.damaged == 2
 
 
+def test_printed_scores_of_detection_and_segmentation_are_read(tmp_path, monkeypatch):
+    lines = [
+        "Train: [0/2][0/5]\teta 0:00:10 lr 0.1\t loss 2.0 (2.0)\t mem 10MB",
+        " * AP 86.330 AP50 94.087 mask AP 66.994 mask AP50 90.880 (10 images)",
+        "Train: [1/2][4/5]\teta 0:00:10 lr 0.1\t loss 1.0 (1.0)\t mem 10MB",
+        " * mIoU 40.10 mAcc 50.00 aAcc 80.20 (10 images, 3 of 11 classes)",
+        " * AP 86.3",
+    ]
+    log = tool.read_log(write(tmp_path / "log_rank0.txt", "\n".join(lines)))
+    assert log.values["eval", 1] == dict(AP=86.33, AP50=94.087, mask_AP=66.994, mask_AP50=90.88)
+    assert log.values["eval", 10] == dict(mIoU=40.1, mAcc=50.0, aAcc=80.2)
+    assert log.damaged == 1
+    drawn = []
+    monkeypatch.setattr(tool, "plot_training", lambda *args: drawn.append(args[2]))
+    tool.write_picture(log, tmp_path / "c.png")
+    assert drawn == ["AP"]
+
+
 def test_our_metrics_are_read_with_their_words_for_nan(tmp_path):
     lines = [
         '{"kind": "train", "step": 10, "loss": "NaN", "note": "text"}',
