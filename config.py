@@ -269,37 +269,52 @@ _C.PLAN.TRAIN_SIZE = 0  # training images; 0: those of the data, or of the data 
 # The keys that ask for something else than training.
 MODE_KEYS = ("EVAL_MODE", "THROUGHPUT_MODE", "INFO_MODE", "PLAN_MODE")
 
-for _entry in registry.entries():
-    _C.MODEL[_entry.node] = CfgNode(
-        {name.upper(): copy.deepcopy(field.default) for name, field in _entry.fields.items()}
-    )
-
-for _head in head_entries():
-    _C.MODEL.HEAD[_head.node] = CfgNode(
-        {name.upper(): copy.deepcopy(field.default) for name, field in _head.fields.items()}
-    )
+# Keys of Swin's and DFvT's files that have another home here.
+_ALIASES: dict[str, str] = {}
 
 # What constructors say about their own keywords: types by annotations; blocks of a stage, or of the whole
 # model, and widths are at least one; ranges and lists of heads. All other ranges are the constructors' own.
 _COUNTS = ("depth", "depths", "embed_dim", "embed_dims")
-rules.CHOICES["MODEL.HEAD.TYPE"] = tuple(entry.name for entry in head_entries())
-for _entry in [*registry.entries(), *head_entries()]:
-    for _name, _field in _entry.fields.items():
-        rules.TYPES[_entry.keys[_name]] = _field.types
-        rules.ELEMENTS[_entry.keys[_name]] = _field.elements
-for _entry in registry.entries():
-    _counted = [_entry.keys[_name] for _name in _entry.fields if _name in _COUNTS]
-    rules.RANGES.update(dict.fromkeys(_counted, "[1, inf)"))
-for _entry in head_entries():
-    for _name, _field in _entry.fields.items():
-        if list in _field.types:
-            rules.NOT_EMPTY.append(_entry.keys[_name])
-        for _pattern, _interval in rules.HEAD_RANGES.items():
-            if fnmatchcase(_name, _pattern) and {int, float} & {*_field.types, *_field.elements}:
-                rules.RANGES[_entry.keys[_name]] = _interval
 
-# Keys of Swin's and DFvT's files that have another home here.
-_ALIASES = {f"MODEL.{entry.node}.IN_CHANS": "MODEL.IN_CHANS" for entry in registry.entries()}
+_KNOWN: dict[str, Any] = {}  # architectures and heads that have a section, by its name
+
+
+def _add_sections() -> None:
+    """Give each registered architecture and head its section, those too that came after this import."""
+    rules.CHOICES["MODEL.HEAD.TYPE"] = tuple(entry.name for entry in head_entries())
+    for entry in registry.entries():
+        if _add_section(_C.MODEL, "MODEL", entry):
+            counted = [entry.keys[name] for name in entry.fields if name in _COUNTS]
+            rules.RANGES.update(dict.fromkeys(counted, "[1, inf)"))
+            _ALIASES[f"MODEL.{entry.node}.IN_CHANS"] = "MODEL.IN_CHANS"
+    for entry in head_entries():
+        if not _add_section(_C.MODEL.HEAD, "MODEL.HEAD", entry):
+            continue
+        for name, field in entry.fields.items():
+            key = entry.keys[name]
+            if list in field.types and key not in rules.NOT_EMPTY:
+                rules.NOT_EMPTY.append(key)
+            for pattern, interval in rules.HEAD_RANGES.items():
+                if fnmatchcase(name, pattern) and {int, float} & {*field.types, *field.elements}:
+                    rules.RANGES[key] = interval
+
+
+def _add_section(parent: CfgNode, path: str, entry: Any) -> bool:
+    """The section of one entry, with its defaults and types; False if it is there as it should be."""
+    section = f"{path}.{entry.node}"
+    if _KNOWN.get(section) is entry:
+        return False
+    _KNOWN[section] = entry
+    parent[entry.node] = CfgNode(
+        {name.upper(): copy.deepcopy(field.default) for name, field in entry.fields.items()}
+    )
+    for name, field in entry.fields.items():
+        rules.TYPES[entry.keys[name]] = field.types
+        rules.ELEMENTS[entry.keys[name]] = field.elements
+    return True
+
+
+_add_sections()
 
 
 def load_config(
@@ -317,6 +332,7 @@ def load_config(
             the message names key, value, choices and the nearest right spelling.
         FileNotFoundError: a file does not exist.
     """
+    _add_sections()
     given = [(key, value, str(file)) for key, value, file in settings(Path(cfg_file))]
     opts = list(opts)
     if len(opts) % 2:

@@ -1,6 +1,8 @@
 """Config files, overrides and the errors that a user meets before any work starts."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,36 @@ def test_a_file_that_names_an_architecture_and_not_itself_has_its_own_name(tmp_p
     assert load_config(path, ["MODEL.NAME", "other"]).MODEL.NAME == "other"
     path.write_text("MODEL: {DROP_RATE: 0.1}")
     assert load_config(path).MODEL.NAME == "swin_tiny_patch4_window7_224"
+
+
+LATE = """
+import sys
+from config import dump, load_config
+from models import build_model
+from models.registry import register
+from models.vit import VisionTransformer
+
+def make(default):
+    @register("late", node="LATE")
+    class Late(VisionTransformer):
+        def __init__(self, *, scale: int = default, **keywords):
+            super().__init__(**keywords)
+            self.given = scale
+
+make(3)
+assert build_model(load_config(sys.argv[1])).given == 3
+make(4)  # again, as in a notebook
+config = load_config(sys.argv[1])
+assert build_model(config).given == 4
+assert "SCALE: 4" in dump(config)
+"""
+
+
+def test_an_architecture_may_be_registered_after_the_config_was_imported(tmp_path):
+    path = tmp_path / "late.yaml"
+    path.write_text("MODEL: {TYPE: late, LATE: {EMBED_DIM: 24, NUM_HEADS: 3, DEPTH: 1}}")
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", LATE, str(path)], check=True, cwd=root)
 
 
 def test_base_is_found_relative_to_the_file_that_names_it(tmp_path):

@@ -37,7 +37,7 @@ _DEIT = re.compile(r"Epoch: \[(\d+)\]\s+\[\s*(\d+)/(\d+)\]\s+(.*)")
 _VALUE = re.compile(rf"(\w+):? +({_NUMBER})(?![\w:.])(?: +\({_NUMBER}\))?")
 _MEMORY = re.compile(r"\b(?:max )?mem:? +(\d+)(?:MB)?\b")
 _SCORE = re.compile(rf"\* Acc@1 +({_NUMBER}) +Acc@5 +({_NUMBER})(?: +loss +({_NUMBER}))?")
-# Of detection and segmentation: "* AP 30.100 mask AP 25.000 (10 images)", "* mIoU 40.10 aAcc 80.00 (9 images)".
+# Of dense tasks: "* AP 30.100 mask AP 25.000 (10 images)", "* mIoU 40.10 aAcc 80.00 (9 images)"
 _NAMED = rf"((?:mask )?AP\w*|mIoU|mAcc|aAcc) +({_NUMBER}) +"
 _DENSE_SCORE = re.compile(rf"\* ((?:{_NAMED})+)\(\d+ images")
 # How whole lines end: Swin's with the memory, DeiT's with the times (and the memory of a GPU).
