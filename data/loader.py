@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -157,6 +158,7 @@ class Samples(Dataset):
         """Stored image with `in_chans` channels, and its label; UnreadableImageError."""
         try:
             image, label = self.dataset[index]
+            self.check(index, image, label)
             if self.maps:
                 label = MapLabel(label, self.maps.read(self.dataset.describe(index)))
             return self.convert(image, self.in_chans), label
@@ -165,6 +167,27 @@ class Samples(Dataset):
             raise UnreadableImageError(
                 f"cannot read {self.dataset.describe(index)}: {error}{advice}"
             ) from error
+
+    def check(self, index: int, image: Any, label: Any) -> None:
+        """TypeError or IndexError if a format gives something else than `ImageDataset` says."""
+        self.check_image(index, image)
+        classes = len(self.dataset.classes)
+        if not hasattr(label, "__index__"):
+            raise TypeError(f"{self.dataset.describe(index)}: label {label!r} is no whole number")
+        if not 0 <= label < classes:
+            raise IndexError(
+                f"{self.dataset.describe(index)}: label {label} must be in 0 ... {classes - 1}, the "
+                f"{classes} names in `classes`"
+            )
+
+    def check_image(self, index: int, image: Any) -> None:
+        """TypeError if a format gives no image."""
+        if isinstance(image, Image.Image) or getattr(image, "dtype", None) == np.uint8:
+            return
+        kind = f"an array of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        raise TypeError(
+            f"{self.dataset.describe(index)}: {kind}, where a PIL image or an array of uint8 is expected"
+        )
 
 
 def seeded(*key: int) -> random.Random:

@@ -43,6 +43,10 @@ class DenseSamples(Samples):
         super().__init__(*args, arrays=True, **options)
         self.size_divisor = size_divisor
 
+    def check(self, index: int, image: Any, label: Any) -> None:
+        """TypeError if a format gives no image; tasks know what is in targets."""
+        self.check_image(index, image)
+
     def augment(self, image: Picture, label: Target, key: Key) -> tuple[Tensor, Target]:
         """An image as `read` gives it -> the sample of `key`; leaves the global generators seeded."""
         seed_rng(self.seed, *key)

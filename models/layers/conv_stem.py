@@ -21,6 +21,8 @@ class Affine(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.alpha.shape[1]:  # one channel would be repeated without a word
+            raise ValueError(f"{x.shape[1]} channels, where {self.alpha.shape[1]} are expected")
         return torch.addcmul(self.beta, x, self.alpha)
 
 

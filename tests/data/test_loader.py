@@ -6,6 +6,7 @@ import random
 import time
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -302,6 +303,31 @@ def test_skipping_gives_up_when_nothing_can_be_read(tmp_path):
     dataset = create_dataset("imagenet", str(tmp_path), "train")
     with pytest.raises(UnreadableImageError, match="100 unreadable images in a row"):
         list(train_loader(dataset, batch_size=1, on_error="skip"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("content", "label", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), 2, r"image \d of 4: label 2 must be in 0 ... 1"),
+        (np.zeros((8, 8, 3), np.uint8), -1, "label -1 must be in 0 ... 1"),
+        (np.zeros((8, 8, 3), np.uint8), "cat", "label 'cat' is no whole number"),
+        (np.zeros((8, 8, 3)), 0, r"image \d of 4: an array of float64, where"),
+        ("a.png", 0, "str, where a PIL image or an array of uint8 is expected"),
+    ],
+)
+def test_a_format_that_gives_something_else_is_told(content, label, message, num_workers):
+    class Wrong(ImageDataset):
+        classes: ClassVar[list[str]] = ["cat", "dog"]
+
+        def __len__(self):
+            return 4
+
+        def read(self, index):
+            return content, label
+
+    with pytest.raises((TypeError, IndexError), match=message):
+        next(iter(eval_loader(Wrong(), num_workers=num_workers)))
 
 
 def test_an_unknown_way_to_treat_errors_is_an_error():
