@@ -23,9 +23,17 @@ from . import registry
 from .backbone import Backbone
 from .heads import DenseModel, find_head
 from .heads.dense import pyramid_of
+from .layers.eager import plain_operators
 from .timm_registry import register_in_timm
 
-__all__ = ["Backbone", "build_model", "create_model", "list_models", "variant_file"]
+__all__ = [
+    "Backbone",
+    "build_model",
+    "create_model",
+    "list_models",
+    "plain_operators",
+    "variant_file",
+]
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from .backbone import Backbone
 from .layers.activations import SiLU
 from .layers.batch_norm import BatchNorm2d
 from .layers.depthwise import DepthwiseConv2d
-from .layers.eager import in_pieces_if_idle, may_keep
+from .layers.eager import channels_last, in_pieces_if_idle, may_keep
 from .layers.init import init_vit_, new_classifier
 from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
@@ -69,7 +69,7 @@ class ConvStem(nn.Module):
         self.act = SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(x, 4).contiguous(memory_format=torch.channels_last)
+        x = channels_last(pad_to_multiple(x, 4))
         values = self.proj1.out_channels * x.shape[2] * x.shape[3] // 4
         return in_pieces_if_idle(self, self._layers, x, values)
 

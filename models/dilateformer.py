@@ -12,7 +12,6 @@ Shapes:     B batch, C channels, H/W feature height/width; blocks work on (B, H,
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from .layers.attention import MapAttention
 from .layers.batch_norm import BatchNorm2d
 from .layers.depthwise import DepthwiseConv2d
 from .layers.dilated import DilatedAttention
-from .layers.eager import in_pieces_if_idle
+from .layers.eager import channels_last, in_pieces_if_idle
 from .layers.init import LAYER_NORM_EPS, drop_path_rates, init_vit_, new_classifier
 from .layers.layer_norm import LayerNorm
 from .layers.mlp import Mlp
@@ -61,7 +60,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels last from the first convolution on: the blocks then take the map as it is.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         if isinstance(self.proj, nn.Conv2d):
             return self.proj(pad_to_multiple(x, 4))
         first = self.proj[0]

@@ -10,11 +10,11 @@ Shapes:     B batch, C channels, H/W map; maps are (B, H, W, C) from stem to hea
 
 from collections.abc import Callable, Sequence
 
-import torch
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .layers.eager import channels_last
 from .layers.init import init_vit_, new_classifier
 from .layers.layer_norm import LayerNorm
 from .layers.linear import Linear
@@ -217,7 +217,7 @@ class SwinBackbone(AbsolutePositions, Backbone):
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H/4, W/4, C)."""
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = self.patch_embed(channels_last(x)).permute(0, 2, 3, 1)
         return self.pos_drop(self.add_positions(x))
 
     @property

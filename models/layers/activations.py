@@ -30,9 +30,9 @@ class StarReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Both scalars in the input's type: under autocast float32 ones would widen the whole map.
         scale, bias = self.scale.to(x.dtype), self.bias.to(x.dtype)
-        if x.dtype == torch.bfloat16 and is_eager(x) and torch.is_grad_enabled():
+        if x.dtype == torch.bfloat16 and is_eager(x, scale, bias) and torch.is_grad_enabled():
             return _Bfloat16StarReLU.apply(x, scale, bias)
-        if not eager_on_cpu(x) or x.dtype not in (torch.float32, torch.float64):
+        if not eager_on_cpu(x, scale, bias) or x.dtype not in (torch.float32, torch.float64):
             return _star_relu(x, scale, bias)
         if torch.is_grad_enabled():
             return _StarReLU.apply(x, scale, bias)
@@ -41,26 +41,28 @@ class StarReLU(nn.Module):
 
 
 class _StarReLU(torch.autograd.Function):
-    """The same on a CPU in pieces that stay in its caches; keeps relu(x) only."""
+    """The same on a CPU in pieces that stay in its caches; keeps x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
-        rectified, y = torch.empty_like(x), torch.empty_like(x)
-        for x_part, part, y_part in zip(*map(_pieces, (x, rectified, y)), strict=True):
+        y = torch.empty_like(x)
+        for x_part, part in zip(_pieces(x), _pieces(y), strict=True):
             torch.clamp_min(x_part, 0, out=part)
-            torch.addcmul(bias, part, part, value=scale.item(), out=y_part)
-        ctx.save_for_backward(rectified, scale)
+            torch.addcmul(bias, part, part, value=scale.item(), out=part)
+        ctx.save_for_backward(x, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rectified, scale = ctx.saved_tensors
+        x, scale = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = torch.empty_like(grad)
         grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(scale)
-        for part, of_y, of_x in zip(*map(_pieces, (rectified, grad, grad_x)), strict=True):
+        rectified = x.new_empty(min(_PIECE, x.numel()))
+        for x_part, of_y, of_x in zip(*map(_pieces, (x, grad, grad_x)), strict=True):
+            part = torch.clamp_min(x_part, 0, out=rectified[: len(x_part)])
             torch.mul(of_y, part, out=of_x)
             grad_scale += of_x.dot(part)
             grad_bias += of_y.sum()
@@ -82,17 +84,10 @@ def _squared_relu(x: Tensor) -> Tensor:
 class _Bfloat16StarReLU(torch.autograd.Function):
     """`_star_relu` in bfloat16; keeps x only, and not relu(x) and its square."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return _star_relu(x, scale, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        x, scale, _ = inputs
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.save_for_forward(x, scale)
+        return _star_relu(x, scale, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,17 +98,6 @@ class _Bfloat16StarReLU(torch.autograd.Function):
         grad_x = grad_y * (2 * scale) if need_x else None
         grad_scale = _sum(grad_y * y, scale) if need_scale else None
         return grad_x, grad_scale, _sum(grad, scale) if need_bias else None
-
-    @staticmethod
-    def jvp(ctx: Any, along_x: Any, along_scale: Any, along_bias: Any) -> Tensor:
-        x, scale = ctx.saved_tensors
-        y = F.relu(x)
-        along = torch.zeros_like(y)
-        if along_x is not None:
-            along = along + y * along_x * (2 * scale)
-        if along_scale is not None:
-            along = along + y * y * along_scale
-        return along if along_bias is None else along + along_bias
 
 
 def _sum(x: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .eager import eager_on_cpu, have_tangents, is_transformed, piece
+from .eager import eager_on_cpu, is_transformed, piece
 
 # Up to so many keys, pieces beat PyTorch's fused kernel in evaluation.
 _FEW_KEYS = 64
@@ -33,16 +33,15 @@ def biased_attention(
         bias: broadcasts to (G, h, N, N); one of shape (1, h, N, N) has fast paths.
     """
     q, k, v = qkv
-    if eager_on_cpu(q):
-        if is_transformed(q) or is_transformed(bias) or have_tangents(q, k, v, bias):
-            return _formula(q, k, v, bias, scale)
-        if _is_shared(bias, q, k, v):
-            if torch.is_grad_enabled():
-                if bias.requires_grad:
-                    tensors = (qkv,) if isinstance(qkv, Tensor) else qkv
-                    return _InPieces.apply(scale, bias, *tensors)
-            elif k.shape[2] <= _FEW_KEYS and q.dtype == torch.float32:
-                return _attend(q, k, v, bias, scale)
+    if q.device.type == "cpu" and any(map(is_transformed, (q, k, v, bias))):
+        return _formula(q, k, v, bias, scale)
+    if eager_on_cpu(q) and _is_shared(bias, q, k, v):
+        if torch.is_grad_enabled():
+            if bias.requires_grad:
+                tensors = (qkv,) if isinstance(qkv, Tensor) else qkv
+                return _InPieces.apply(scale, bias, *tensors)
+        elif k.shape[2] <= _FEW_KEYS and q.dtype == torch.float32:
+            return _attend(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .activations import GELU
 from .batch_norm import BatchNorm2d
-from .eager import in_pieces_if_idle
+from .eager import channels_last, in_pieces_if_idle
 from .plain import has_hooks, is_plain
 
 
@@ -21,7 +21,8 @@ class Affine(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.alpha.shape[1]:  # one channel would be repeated without a word
+        # One channel would be repeated without a word.
+        if not torch.jit.is_tracing() and x.shape[1] != self.alpha.shape[1]:
             raise ValueError(f"{x.shape[1]} channels, where {self.alpha.shape[1]} are expected")
         return torch.addcmul(self.beta, x, self.alpha)
 
@@ -58,7 +59,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         values = self.proj[0][0].out_channels * x.shape[2] * x.shape[3] // 4
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return in_pieces_if_idle(self, self._layers, x, values)
 
     def _layers(self, x: Tensor) -> Tensor:
@@ -91,5 +92,5 @@ class ConvStem(nn.Module):
         alpha, beta = self.pre_affine.alpha, self.pre_affine.beta
         weight = torch.cat([conv.weight * alpha, (conv.weight * beta).sum(1, keepdim=True)], dim=1)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return F.conv2d(x, weight, conv.bias, stride=conv.stride, padding=conv.padding)

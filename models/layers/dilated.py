@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import kernels
 from .checks import check_heads
+from .eager import is_eager
 from .plain import is_plain
 
 
@@ -110,8 +111,8 @@ def dilated_attention(
     key 0 and value 0: it takes its share of the softmax and contributes nothing (no mask).
     """
     args = (num_heads, kernel_size, tuple(dilation), scale)
-    # The compiler fuses the passes of the plain code, and would specialise the function on each batch size.
-    if torch.is_grad_enabled() and qkv.requires_grad and not torch.compiler.is_compiling():
+    # Compilers fuse the passes of the plain code, and would specialise the function on each batch size.
+    if torch.is_grad_enabled() and qkv.requires_grad and is_eager(qkv):
         return _DilatedAttention.apply(qkv, *args)
     return _forward(qkv, *args)[0]
 

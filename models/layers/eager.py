@@ -1,11 +1,14 @@
 """When eager mode on a CPU may take shortcuts that compilers, exporters and tracers must not see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Values of the widest map of a piece, for what makes a few of them: 8 MiB of float32 per two threads.
 PIECE = 2**21
@@ -14,14 +17,41 @@ PIECE = 2**21
 POSITIONS = 1600
 
 
-def is_eager(x: Tensor) -> bool:
-    """Whether nothing but autograd records what is done with `x`."""
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+_PLAIN = ContextVar("plain", default=False)
 
 
-def eager_on_cpu(x: Tensor) -> bool:
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within it models are made of PyTorch's own operators alone, fused attention not among them.
+
+    They can be differentiated any number of times: gradients of gradients (Hessians, gradient penalties)
+    have their forward pass in it. `torch.func` and forward-mode differentiation need it for attention only,
+    of which PyTorch's fused kernels have no such derivatives. Slower, and more memory.
+    """
+    token = _PLAIN.set(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def are_plain() -> bool:
+    """Whether `plain_operators` is on."""
+    return not torch.compiler.is_compiling() and _PLAIN.get()
+
+
+def is_eager(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing but autograd records what is done with `x` and others, and shortcuts are allowed."""
+    recorded = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or are_plain():
+        return False
+    return not any(is_transformed(tensor) for tensor in (x, *others) if tensor is not None)
+
+
+def eager_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
     """`is_eager`, with numbers on a CPU."""
-    return x.device.type == "cpu" and is_eager(x)
+    return x.device.type == "cpu" and is_eager(x, *others)
 
 
 @torch.compiler.assume_constant_result
@@ -58,17 +88,19 @@ def is_captured(x: Tensor) -> bool:
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether `x` belongs to a transform such as `torch.vmap`, and has no memory of its own."""
+    """Whether `x` belongs to a transform such as `torch.vmap`, or carries derivatives forward."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
     try:
         x.data_ptr()
-    except RuntimeError:
+    except RuntimeError:  # it has no memory of its own
         return True
-    return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
-def have_tangents(*tensors: Tensor) -> bool:
-    """Whether derivatives are carried forward with any of them, which own operators would drop."""
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+def channels_last(x: Tensor) -> Tensor:
+    """The map (B, C, H, W) in that memory format, of which `torch.vmap` knows nothing."""
+    return x if is_transformed(x) else x.contiguous(memory_format=torch.channels_last)
 
 
 def may_overwrite(x: Tensor) -> bool:
@@ -125,6 +157,8 @@ def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, length: int) -> T
     out = None
     for start in range(0, len(x), length):
         part = function(x[start : start + length])
+        if out is None and is_transformed(part):  # by transforms of the weights
+            return function(x)
         if out is None:
             out = _empty_for(len(x), part)
         out[start : start + length] = part

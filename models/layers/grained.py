@@ -117,7 +117,9 @@ class GrainedQueries(nn.Module):
         if self.training:
             gates = F.gumbel_softmax(flat, tau=1.0, hard=True)
         else:
-            gates = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype)
+            # Not `F.one_hot`, which looks at the numbers: `torch.vmap` has none.
+            grains = torch.arange(flat.shape[-1], device=flat.device)
+            gates = (flat.argmax(-1, keepdim=True) == grains).to(flat.dtype)
         return torch.cat([x[:, :extra], *levels], dim=1), Routing(logits, gates)
 
     def ask(self, x: Tensor, size: Size, change: Change) -> tuple[Tensor, Routing]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .eager import compiled_for_cpu, eager_on_cpu
+from .eager import compiled_for_cpu, eager_on_cpu, is_transformed
 from .packed import UNCOUNTED, PackedWeight
 from .plain import has_hooks, is_plain
 
@@ -47,7 +47,8 @@ class PointwiseConv2d(nn.Conv2d):
     packed: PackedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        plain = x.ndim == 4 and not is_transformed(x)
+        if plain and x.is_contiguous(memory_format=torch.channels_last):
             return self.on_map(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return super().forward(x)
 
@@ -82,7 +83,7 @@ def linear(
 
 
 def _linear_by_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _suits_convolution(x, weight):
+    if not _suits_convolution(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return _linear(x, weight, bias)
@@ -132,33 +133,14 @@ def _gradients(
 class _LinearOfFewRows(torch.autograd.Function):
     """`_convolve` with the gradient of its weight by MKL."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _convolve(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _ = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        return _convolve(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(
-        ctx: Any, along_x: Tensor | None, along_weight: Tensor | None, along_bias: Tensor | None
-    ) -> Tensor:
-        x, weight = ctx.saved_tensors
-        y = x.new_zeros(*x.shape[:-1], len(weight))
-        if along_x is not None:
-            y = y + F.linear(along_x, weight)
-        if along_weight is not None:
-            y = y + F.linear(x, along_weight)
-        return y if along_bias is None else y + along_bias
 
 
 # An operator of its own for the compiler: it gives axes of length 1 any stride, 0 too, and then PyTorch's
@@ -205,10 +187,10 @@ def _flops(x_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
     return 2 * math.prod(x_shape) * out_shape[-1]
 
 
-def _suits_convolution(x: Tensor, weight: Tensor) -> bool:
+def _suits_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # First what keeps exporters away from the sizes: a comparison would bound their free batch.
     return (
-        (compiled_for_cpu(x) or eager_on_cpu(x))
+        (compiled_for_cpu(x) or eager_on_cpu(x, weight, bias))
         and x.dtype == weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)  # quantised ones know linear layers only
         and not torch.is_autocast_enabled("cpu")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from .activations import GELU, SiLU
-from .eager import compiled_for_cpu, eager_on_cpu, have_tangents
+from .eager import compiled_for_cpu, eager_on_cpu
 
 # Rows that oneDNN is told to expect; the layout serves any number of them.
 _EXPECTED_ROWS = 1024
@@ -75,13 +75,13 @@ class PackedWeight:
         compiled = compiled_for_cpu(x)
         return (
             not self.is_empty
-            and (compiled or eager_on_cpu(x))
+            and (compiled or eager_on_cpu(x, source))
             and x.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not source.requires_grad
             and not torch.is_autocast_enabled("cpu")
             and x.shape[-1] == self._in_features
-            and (compiled or (self.is_of(source) and not have_tangents(x, source)))
+            and (compiled or self.is_of(source))
         )
 
     def is_of(self, source: Tensor) -> bool:

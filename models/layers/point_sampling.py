@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_heads
+from .eager import are_plain, is_eager
 from .linear import Linear
 
 # The published models slow the learning of the positions down by this factor.
@@ -84,6 +85,8 @@ def gathers_rows(device: torch.device) -> bool:
     """
     if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled():
         return True
+    if are_plain():
+        return True  # `F.grid_sample` has no second derivatives
     return device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
@@ -113,7 +116,7 @@ def sample_maps(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int
 
 def sample_rows(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int, int]) -> Tensor:
     """The same as `sample_maps`, as sums of 4P weighted rows of values: no sample is stored."""
-    batch, length, heads, _ = values.shape
+    batch, length, heads, dim = values.shape
     height, width = size
     corners = points.detach().floor()
     right, down = (points - corners).unbind(-1)  # B N h P
@@ -128,10 +131,11 @@ def sample_rows(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int
     image = torch.arange(batch, device=values.device).view(-1, 1, 1, 1, 1)
     head = torch.arange(heads, device=values.device).view(-1, 1, 1)
     indices = (image * length + torch.stack(indices, -1)) * heads + head  # B N h P 4
-    result = F.embedding_bag(
-        indices.flatten(0, 2).flatten(1),
-        values.flatten(0, 2),
-        mode="sum",
-        per_sample_weights=torch.stack(factors, -1).flatten(0, 2).flatten(1),
-    )
-    return result.view(*points.shape[:2], values.shape[2] * values.shape[3])
+    indices, values = indices.flatten(0, 2).flatten(1), values.flatten(0, 2)  # B*N*h 4P, B*H*W*h d
+    factors = torch.stack(factors, -1).flatten(0, 2).flatten(1)  # B*N*h 4P
+    if is_eager(values, factors):
+        result = F.embedding_bag(indices, values, mode="sum", per_sample_weights=factors)
+    else:
+        rows = values.index_select(0, indices.flatten()).unflatten(0, indices.shape)
+        result = (rows * factors[..., None]).sum(1)
+    return result.view(*points.shape[:2], heads * dim)

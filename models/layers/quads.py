@@ -47,7 +47,7 @@ def filter_by_quads(x: Tensor, table: Tensor, routing: Tensor | None) -> Tensor:
 
     Eager on a CPU a few images at a time, so that their quads stay in the caches.
     """
-    if not eager_on_cpu(x):
+    if not eager_on_cpu(x, table, routing):
         return from_quads(filter_quads(to_quads(x), table, routing), (x.shape[1], x.shape[2]))
     inputs = (x, table) if routing is None else (x, table, routing)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .biased_attention import biased_attention
 from .checks import check_heads
-from .eager import is_captured
+from .eager import is_captured, is_transformed
 from .linear import Linear, linear
 from .packed import PackedWeight, can_pack
 from .plain import is_plain
@@ -194,7 +194,9 @@ class Windowed(nn.Module):
     ) -> Tensor:
         """`_build_additive`, or the kept result of the last call."""
         sources = self.bias_sources()
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in sources):
+        if torch.compiler.is_compiling() or any(
+            t.is_inference() or is_transformed(t) for t in sources
+        ):
             return self._build_additive(grid, masked, mask, like)
         if self.training or torch.is_grad_enabled():
             self._cache = None  # what follows may write without a trace, as fused optimizers do

@@ -83,7 +83,7 @@ def mix_windows(x: Tensor, weight: Tensor, bias: Tensor, window: int, shifted: b
     weight, bias = weight.view(-1, area, area), bias.view(-1, area)  # h N N, h N
     start = window - window // 2 if shifted and min(x.shape[1:3]) > window > 1 else 0
     x = x.to(autocast_dtype(x))  # before it is padded and cut, not after
-    if is_eager(x) and torch.is_grad_enabled():
+    if is_eager(x, weight, bias) and torch.is_grad_enabled():
         return _MixWindows.apply(x, weight, bias, window, start)
     return _mix(x, weight, bias, window, start)
 
@@ -91,17 +91,13 @@ def mix_windows(x: Tensor, weight: Tensor, bias: Tensor, window: int, shifted: b
 class _MixWindows(torch.autograd.Function):
     """`_mix`; keeps the map and not its windows, which have padding, for the backward pass."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, window: int, start: int) -> Tensor:
-        return _mix(x, weight, bias, window, start)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, *ctx.cut = inputs
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, window: int, start: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        ctx.cut = (window, start)
+        return _mix(x, weight, bias, window, start)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,18 +114,6 @@ class _MixWindows(torch.autograd.Function):
             grad_weight = (grad_windows @ windows.transpose(1, 2)).to(weight.dtype)
         grad_bias = grad_windows.sum(2).to(weight.dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, along_x: Any, along_weight: Any, along_bias: Any, *_: Any) -> Tensor:
-        x, weight = ctx.saved_tensors
-        windows = torch.zeros_like(_to_windows(x, len(weight), *ctx.cut))
-        if along_x is not None:
-            windows = windows + weight.to(x.dtype) @ _to_windows(along_x, len(weight), *ctx.cut)
-        if along_weight is not None:
-            windows = windows + along_weight.to(x.dtype) @ _to_windows(x, len(weight), *ctx.cut)
-        if along_bias is not None:
-            windows = windows + along_bias[..., None].to(x.dtype)
-        return _from_windows(windows, x.shape, *ctx.cut)
 
 
 def _mix(x: Tensor, weight: Tensor, bias: Tensor, window: int, start: int) -> Tensor:

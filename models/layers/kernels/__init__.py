@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..eager import is_exporting
+from ..eager import are_plain, is_exporting, is_transformed
 
 __all__ = [
     "HAS_TRITON",
@@ -54,6 +54,7 @@ def available(x: Tensor, head_dim: int = 0) -> bool:
         and head_dim * x.dtype.itemsize <= MAX_ROW
         and not is_exporting()
         and not torch.jit.is_tracing()
+        and not (are_plain() or is_transformed(x))
         and _knows(x.device)
     )
 

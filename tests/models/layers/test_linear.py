@@ -133,7 +133,6 @@ def test_transforms_of_functions_go_through(transform, rows, onednn):
     layer, plain, x = Linear(24, 40), nn.Linear(24, 40), torch.randn(rows, 24)
     plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(transform(layer, x), transform(plain, x), rtol=1e-4, atol=1e-4)
-    assert onednn
 
 
 @pytest.mark.parametrize("rows", [100, 600])
