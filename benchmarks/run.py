@@ -34,6 +34,7 @@ from benchmarks.report import bounds, costs, figures, pooled, to_markdown, write
 from utils.amp import Amp  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
 from utils.fingerprint import fingerprint, load_average  # noqa: E402
+from utils.seeding import set_deterministic  # noqa: E402
 from utils.wrappers import COMPILE_MODES  # noqa: E402
 
 # One of each family, and MixLab's Swin-T beside timm's.
@@ -234,6 +235,7 @@ def _with_bounds(result: dict[str, Any], setting: Setting) -> dict[str, Any]:
 
 def _setting(args: argparse.Namespace) -> Setting:
     device = own_device(args.device)
+    set_deterministic(False)  # cuDNN's fastest kernels, as `--throughput` has them
     amp = Amp(device, args.dtype)
     amp.set_float32_precision()
     return Setting(device, amp, args.batch_size, args.channels_last)

@@ -30,7 +30,8 @@ def rng_state() -> dict[str, Any]:
         # uint32 has no full support in torch, int64 holds every value of it.
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Not where a GPU is only there: to ask would make a run on a CPU start it.
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -44,7 +45,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
-    visible = torch.cuda.device_count()
+    visible = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     if len(state["cuda"]) == visible:
         torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])
     else:
@@ -59,19 +60,15 @@ def set_deterministic(enabled: bool, sizes_vary: bool = False) -> None:
     """The same bits on every run of one machine, slower; or, disabled, cuDNN's fastest kernels.
 
     Args:
-        sizes_vary: from batch to batch; cuDNN then takes the kernels that it expects to be fast, since it
-            would time all of them again for each size.
+        sizes_vary: from batch to batch; cuDNN then takes the convolutions that it expects to be fast, since
+            it would time all of them again for each size, and no attention, which it plans for each size.
 
     Raises:
         RuntimeError: later, from an operation that has no deterministic version.
     """
-    if enabled and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        if torch.cuda.is_initialized():
-            _LOG.warning(
-                "CUDA was initialised before determinism was asked for: cuBLAS may refuse; "
-                "set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
-            )
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = not enabled and not sizes_vary
+    torch.backends.cuda.enable_cudnn_sdp(not sizes_vary)

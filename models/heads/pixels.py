@@ -78,5 +78,6 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
         masks: (B, H, W) labels, 255 where a pixel does not count.
     """
     logits = resized(logits.float(), masks.shape[-2:])
-    total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
-    return total / (masks != IGNORED).sum().clamp(min=1)
+    # Not reduction="sum", which has no deterministic form on a GPU.
+    losses = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="none")
+    return losses.sum() / (masks != IGNORED).sum().clamp(min=1)

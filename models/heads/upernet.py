@@ -8,8 +8,9 @@ Deviations: widths, dropout, and the auxiliary head are those of the models on A
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.layers.resize import pooled
 
 from .fcn import FCNHead
 from .pixels import PixelHead, conv_norm_act, pixel_loss, resized
@@ -35,7 +36,7 @@ class PyramidPooling(nn.Module):
                     "UPerNet pools the last map to one value per channel, whose batch norm needs more than "
                     "one image: set DATA.BATCH_SIZE to 2 or more, or TRAIN.SYNC_BN True with several GPUs"
                 )
-            parts.append(resized(branch(F.adaptive_avg_pool2d(x, scale)), size))
+            parts.append(resized(branch(pooled(x, scale)), size))
         return self.fuse(torch.cat(parts, dim=1))
 
 

@@ -19,6 +19,9 @@ from .eager import eager_on_cpu, is_transformed, piece
 # Up to so many keys, pieces beat PyTorch's fused kernel in evaluation.
 _FEW_KEYS = 64
 
+# Entries that a kernel on a GPU takes at most: more are an error of cuDNN's up to PyTorch 2.11.
+_MAX_BATCH = 2**16 - 1
+
 # What a piece needs at once, in numbers per logit: logits, probabilities, and q, k and v of it.
 _PER_LOGIT = 4
 
@@ -42,7 +45,22 @@ def biased_attention(
                 return _InPieces.apply(scale, bias, *tensors)
         elif k.shape[2] <= _FEW_KEYS and q.dtype == torch.float32:
             return _attend(q, k, v, bias, scale)
+    if bias.requires_grad and not any(t.requires_grad for t in (q, k, v)):
+        # Kernels keep nothing for a backward pass to a bias alone, and some then read what is not there.
+        return _formula(q, k, v, bias, scale)
+    if q.is_cuda and len(q) > _MAX_BATCH and len(bias) == 1:
+        return _fused_in_parts(q, k, v, bias, scale, _MAX_BATCH)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _fused_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, length: int
+) -> Tensor:
+    """By the fused kernel, so many entries at a time."""
+    parts = zip(q.split(length), k.split(length), v.split(length), strict=True)
+    return torch.cat(
+        [F.scaled_dot_product_attention(*part, attn_mask=bias, scale=scale) for part in parts]
+    )
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -104,7 +104,8 @@ def sample_maps(values: Tensor, points: Tensor, weights: Tensor, size: tuple[int
     """
     maps = values.permute(0, 2, 3, 1).unflatten(-1, size).flatten(0, 1)  # B*h d H W
     # One pixel per side has no extent to normalise by; a column of zeros beside it changes nothing.
-    maps = F.pad(maps, (0, size[1] == 1, 0, size[0] == 1))
+    if 1 in size:
+        maps = F.pad(maps, (0, size[1] == 1, 0, size[0] == 1))
     height, width = maps.shape[2:]
     x, y = points.unbind(-1)
     points = torch.stack([x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1], -1)

@@ -57,7 +57,7 @@ def resize_position_grid(
         return table
     special, grid = table[:, :num_special], table[:, num_special:]
     grid = grid.unflatten(1, old).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.to(precise_dtype(table)), new, mode=mode, align_corners=False)
+    grid = _interpolated(grid.to(precise_dtype(table)), new, mode)
     return torch.cat([special, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
@@ -67,7 +67,7 @@ def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int])
         return table
     grid = table.t().unflatten(1, (2 * old[0] - 1, 2 * old[1] - 1))[None]
     sides = (2 * new[0] - 1, 2 * new[1] - 1)
-    grid = F.interpolate(grid.to(precise_dtype(table)), sides, mode="bicubic", align_corners=False)
+    grid = _interpolated(grid.to(precise_dtype(table)), sides, "bicubic")
     return grid[0].flatten(1).t().to(table.dtype)
 
 
@@ -80,7 +80,7 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
     # filter, so that every forward pass can do it; half precision would blur the filters.
     with without_autocast(filters):
         rows, columns = (
-            _bicubic_matrix(old, size, filters.device, dtype)
+            _matrix("bicubic", True, old, size, filters.device, dtype)
             for old, size in zip(filters.shape[:2], new, strict=True)
         )
         grid = rows @ filters.to(dtype).flatten(1)
@@ -88,12 +88,45 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
         return grid.unflatten(2, (-1, 2)).to(filters.dtype)
 
 
-def _bicubic_matrix(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(new, old): what bicubic interpolation with aligned corners does to each unit vector; made once."""
+def pooled(x: Tensor, cells: int) -> Tensor:
+    """Maps (B, C, h, w) -> means over `cells` x `cells` parts of them, (B, C, cells, cells)."""
+    if not _wants_matrices(x):
+        return F.adaptive_avg_pool2d(x, cells)
+
+    def matrix(side: int) -> Tensor:
+        def make() -> Tensor:
+            units = torch.eye(side, device=x.device)
+            return F.adaptive_avg_pool1d(units, cells).t().to(x.dtype)
+
+        return _MATRICES.get(("mean", side, cells, x.device, x.dtype), make)
+
+    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).t()
+
+
+def _interpolated(grid: Tensor, new: tuple[int, int], mode: str) -> Tensor:
+    """(B, C, h, w) -> (B, C, *new), between the centres of pixels."""
+    if not _wants_matrices(grid):
+        return F.interpolate(grid, new, mode=mode, align_corners=False)
+    rows, columns = (
+        _matrix(mode, False, old, size, grid.device, grid.dtype)
+        for old, size in zip(grid.shape[2:], new, strict=True)
+    )
+    return rows @ grid @ columns.t()
+
+
+def _wants_matrices(x: Tensor) -> bool:
+    """Whether `x` needs a gradient with the same bits on every run: on a GPU PyTorch has none of these."""
+    return x.requires_grad and torch.are_deterministic_algorithms_enabled()
+
+
+def _matrix(
+    mode: str, align_corners: bool, old: int, new: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(new, old): what interpolation does to each unit vector; made once."""
 
     def make() -> Tensor:
         units = torch.eye(old, device=device)[None, :, :, None]
-        matrix = F.interpolate(units, (new, 1), mode="bicubic", align_corners=True)
+        matrix = F.interpolate(units, (new, 1), mode=mode, align_corners=align_corners)
         return matrix[0, :, :, 0].t().to(dtype)
 
-    return _MATRICES.get((old, new, device, dtype), make)
+    return _MATRICES.get((mode, align_corners, old, new, device, dtype), make)

@@ -130,7 +130,9 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor, window: int, start: int) -> Te
 def _to_windows(x: Tensor, heads: int, window: int, start: int) -> Tensor:
     """(B, H, W, C) -> (h, N, B*n*d): heads first and windows beside the channels, zeros around the map."""
     height, width = x.shape[1:3]
-    x = F.pad(x, (0, 0, start, -(width + start) % window, start, -(height + start) % window))
+    right, below = -(width + start) % window, -(height + start) % window
+    if start or right or below:  # padding by nothing would be a copy
+        x = F.pad(x, (0, 0, start, right, start, below))
     batch, height, width, channels = x.shape
     grid = (height // window, window, width // window, window)
     x = x.reshape(batch, *grid, heads, channels // heads)

@@ -550,3 +550,22 @@ def test_a_learned_bias_in_bfloat16_gets_the_gradient_of_the_formula_in_float32(
     for gradient, reference in zip(gradients, references, strict=True):
         assert gradient.dtype == torch.bfloat16
         assert (gradient - reference).norm() < 5e-3 * reference.norm()
+
+
+def test_a_bias_that_learns_alone_gets_its_gradient():
+    q, k, v = torch.randn(3, 4, 2, 9, 8)
+    for shape in ((1, 2, 9, 9), (4, 2, 9, 9)):
+        bias, target = torch.randn(shape, requires_grad=True), torch.randn(4, 2, 9, 8)
+        out = biased_attention((q, k, v), bias, 0.5)
+        expected = (0.5 * q @ k.transpose(2, 3) + bias).softmax(-1) @ v
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        grads = (torch.autograd.grad(y, bias, target)[0] for y in (out, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_many_windows_are_attended_in_parts():
+    q, k, v = torch.randn(3, 7, 2, 9, 8)
+    bias = torch.randn(1, 2, 9, 9)
+    found = module._fused_in_parts(q, k, v, bias, 0.5, length=3)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.5)
+    torch.testing.assert_close(found, expected)
