@@ -25,9 +25,10 @@ from utils.distributed import Runtime
 from utils.ema import ModelEma
 from utils.fingerprint import fingerprint
 from utils.memory import keep_freed_memory
-from utils.names import leaves
+from utils.names import is_under
 from utils.seeding import seed_everything, set_deterministic
 from utils.sources import Source, check_classes, choose_source
+from utils.yaml_files import differing
 
 _LOG = logging.getLogger(__name__)
 
@@ -271,19 +272,17 @@ def _misfit(
     error: ValueError,
 ) -> ValueError:
     """What to say where a run's model is not that of its file: the settings that differ, if known."""
-    there, here = (
-        dict(leaves(yaml.safe_load(text)["MODEL"], "MODEL."))
-        for text in (state.get("config") or "MODEL: {}", dump(config))
-    )
-    names = [name for name in there if name in here and there[name] != here[name]]
-    differing = [
-        f"{name} {there[name]!r} there, {here[name]!r} here" for name in names if name not in _FREE
+    settings = differing(state.get("config") or "MODEL: {}", dump(config))
+    found = [
+        f"{name} {there!r} there, {here!r} here"
+        for name, (there, here) in settings.items()
+        if is_under(name, "MODEL") and name not in _FREE
     ]
     saved = state.get("classes") or []
     if len(saved) != len(classes):
-        differing.append(f"{len(saved)} classes there, {len(classes)} here")
+        found.append(f"{len(saved)} classes there, {len(classes)} here")
     first, *more = [line.strip() for line in str(error).splitlines()]
-    reasons = differing or [*more[:2], *[f"and {len(more) - 2} more"] * (len(more) > 2)]
+    reasons = found or [*more[:2], *[f"and {len(more) - 2} more"] * (len(more) > 2)]
     return ValueError(
         f"{first} {'; '.join(reasons)}. Train with the settings of {path}, or start a run of its own with "
         "another --tag"

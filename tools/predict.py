@@ -38,7 +38,7 @@ from models import Backbone  # noqa: E402
 from models.evit import kept_patches  # noqa: E402
 from models.layers.tokens import Size  # noqa: E402
 from modes.build import load_trained  # noqa: E402
-from utils.arguments import add_opts  # noqa: E402
+from utils.arguments import add_opts, check_files  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
 from utils.pictures import draw_values, save_picture, side_by_side  # noqa: E402
 from utils.spelling import nearest  # noqa: E402
@@ -268,8 +268,7 @@ def main(argv: Sequence[str] | None = None) -> list[Prediction]:
             raise ValueError("--cam is drawn: give --draw FOLDER")
         if args.target is not None and not args.cam:
             raise ValueError(f"--class '{args.target}' is the class of --cam: give --cam too")
-        if missing := [str(path) for path in args.images if not path.is_file()]:
-            raise FileNotFoundError(f"there are no files {missing[:5]}")
+        check_files(args.images)
         predictor = Predictor(load_config(args.cfg, args.opts, flags))
         predictions = [predictor(path, args.top, args.cam, args.target) for path in args.images]
     except (ValueError, OSError) as error:

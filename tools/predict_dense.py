@@ -40,7 +40,7 @@ from modes.build import load_trained  # noqa: E402
 from modes.dense_evaluation import Drawing  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts  # noqa: E402
+from utils.arguments import add_opts, check_files  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
 
 _LOG = logging.getLogger(__name__)
@@ -188,8 +188,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     try:
         if not 0 <= args.threshold <= 1:
             raise ValueError(f"--threshold {args.threshold} must be within [0, 1]")
-        if missing := [str(path) for path in args.images if not path.is_file()]:
-            raise FileNotFoundError(f"there are no files {missing[:5]}")
+        check_files(args.images)
         if args.json and args.json.is_dir():
             raise ValueError(f"--json {args.json} is a folder: name a file")
         config = load_config(args.cfg, args.opts, flags)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,9 +36,9 @@ from modes.build import build_placed, known_classes  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.arguments import parse_args  # noqa: E402
 from utils.checkpoint_files import load_file  # noqa: E402
-from utils.names import leaves  # noqa: E402
 from utils.plotting import read_metrics  # noqa: E402
 from utils.tables import write_rows  # noqa: E402
+from utils.yaml_files import differing  # noqa: E402
 
 # Keys that change what a run takes, not what comes of it.
 NEUTRAL = (
@@ -220,16 +219,15 @@ def _check_folder(point: Point) -> None:
     saved = point.folder / "config.yaml"
     if not saved.is_file() or not (point.folder / "checkpoints" / "last.pth").is_file():
         return
-    texts = (saved.read_text(encoding="utf-8"), dump(point.config))
-    there, here = (dict(leaves(yaml.safe_load(text))) for text in texts)
-    differing = [
-        f"{key} ({there[key]!r} there, {here[key]!r} here)"
-        for key in sorted(there.keys() & here.keys() - set(NEUTRAL))
-        if there[key] != here[key]
+    settings = differing(saved.read_text(encoding="utf-8"), dump(point.config))
+    found = [
+        f"{key} ({there!r} there, {here!r} here)"
+        for key, (there, here) in settings.items()
+        if key not in NEUTRAL
     ]
-    if differing:
+    if found:
         raise ValueError(
-            f"{point.folder} has a run of other settings: {', '.join(differing[:5])}. Give these ones "
+            f"{point.folder} has a run of other settings: {', '.join(found[:5])}. Give these ones "
             "another place: --output DIR, or --tag NAME after --"
         )
 

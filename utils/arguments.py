@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .spelling import nearest
@@ -93,3 +94,11 @@ def parse_args(
     args = vars(parser.parse_args(argv))
     own = argparse.Namespace(**{name: args.pop(name) for name in ("cfg", "opts", "local_rank")})
     return parser, own, args
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """FileNotFoundError that names the paths that are no files; IsADirectoryError for a folder."""
+    if folders := [path for path in paths if path.is_dir()]:
+        raise IsADirectoryError(f"{folders[0]} is a folder: give its files, as in {folders[0]}/*")
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"there are no files {missing[:5]}")

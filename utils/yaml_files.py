@@ -50,6 +50,13 @@ def settings(path: Path, chain: tuple[Path, ...] = ()) -> Iterator[tuple[str, An
         yield name, value, path
 
 
+def differing(there: str, here: str) -> dict[str, tuple[Any, Any]]:
+    """Full name -> (there, here) of what two dumped configs both set, and not alike, by name."""
+    ours, theirs = (dict(leaves(yaml.safe_load(text))) for text in (here, there))
+    shared = sorted(ours.keys() & theirs.keys())
+    return {name: (theirs[name], ours[name]) for name in shared if theirs[name] != ours[name]}
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that comes twice in a section: YAML's own reader takes the last and drops the others."""
 

@@ -117,6 +117,7 @@ def test_every_family_s_maps_can_be_drawn(family):
             ["--class", "3", "--draw", "looks", __file__],
             "'3' is the class of --cam: give --cam too",
         ),
+        (["tools"], r"tools is a folder: give its files, as in tools/\*"),
         (["nothing.png"], r"there are no files \['nothing.png'\]"),
         ([__file__], "test_predict.py cannot be read as an image"),
         (["--top", "0", __file__], "--top 0 must be at least 1"),
