@@ -172,6 +172,8 @@ class Samples(Dataset):
         """TypeError or IndexError if a format gives something else than `ImageDataset` says."""
         self.check_image(index, image)
         classes = len(self.dataset.classes)
+        if isinstance(label, tuple):  # with the number of the image, see `NumberedImages`
+            label = label[0]
         if not hasattr(label, "__index__"):
             raise TypeError(f"{self.dataset.describe(index)}: label {label!r} is no whole number")
         if not 0 <= label < classes:

@@ -60,7 +60,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_norm: bool):
         super().__init__()
-        half = embed_dim // 2
+        self.first_width = half = embed_dim // 2
         self.proj1 = nn.Conv2d(in_chans, half, 3, 2, 1)
         self.proj2 = nn.Conv2d(half, embed_dim, 3, 2, 1)
         # The first norm is `norm1` and the second one `norm`, as in the released weights.
@@ -70,7 +70,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = channels_last(pad_to_multiple(x, 4))
-        values = self.proj1.out_channels * x.shape[2] * x.shape[3] // 4
+        values = self.first_width * x.shape[2] * x.shape[3] // 4
         return in_pieces_if_idle(self, self._layers, x, values)
 
     def _layers(self, x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class GrainedBlock(nn.Module):
         Returns:
             Those that any number of queries takes, and those of each query.
         """
-        dim, hidden = self.norm1.weight.numel(), self.mlp.fc1.out_features
+        dim, hidden = self.dge.dim, self.mlp.hidden
         reduction = self.attn.reduction
         keys = inputs / reduction**2
         shared = 2 * inputs * dim + 2 * keys * dim**2
@@ -292,7 +292,7 @@ class DeiTDGE(DynamicGrained, VisionTransformer):
         return self.norm(self.run_grained("blocks", self.blocks, self.embed(x), self.grid_of(x)))
 
     def fixed_macs(self, area: int) -> float:
-        in_chans = self.patch_embed.proj.in_channels
+        in_chans = self.patch_embed.in_chans
         return area * self.num_features * in_chans + self.num_features * self.num_classes
 
 
@@ -369,10 +369,10 @@ class PVTDGE(DynamicGrained, PyramidTransformer):
     def fixed_macs(self, area: int) -> float:
         total = float(self.num_features * self.num_classes)
         for stage in range(len(self.feature_info)):
-            conv = getattr(self, f"patch_embed{stage + 1}").proj
-            patches = area / conv.stride[0] ** 2
+            stem = getattr(self, f"patch_embed{stage + 1}")
+            patches = area / stem.patch_size**2
             # Product of the convolution, then the norm.
-            total += area * conv.in_channels * conv.out_channels + patches * conv.out_channels
+            total += area * stem.in_chans * stem.embed_dim + patches * stem.embed_dim
             area = patches
         return total
 

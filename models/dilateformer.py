@@ -47,11 +47,15 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_way: str):
         super().__init__()
-        if patch_way == "nonoverlapping":
+        self.overlaps = patch_way != "nonoverlapping"
+        if not self.overlaps:
             self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, 4, stride=4)
             return
         layers: list[nn.Module] = []
         widths = (in_chans, 16, 32, 64, embed_dim)
+        self.first_share = (
+            widths[1] / STEMS[patch_way][0][1] ** 2
+        )  # values of the first map per pixel
         for i, (kernel, stride, padding) in enumerate(STEMS[patch_way]):
             layers.append(nn.Conv2d(*widths[i : i + 2], kernel, stride, padding, bias=False))
             if i < 3:
@@ -61,10 +65,9 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Channels last from the first convolution on: the blocks then take the map as it is.
         x = channels_last(x)
-        if isinstance(self.proj, nn.Conv2d):
+        if not self.overlaps:
             return self.proj(pad_to_multiple(x, 4))
-        first = self.proj[0]
-        values = first.out_channels * x.shape[2] * x.shape[3] // first.stride[0] ** 2
+        values = round(self.first_share * x.shape[2] * x.shape[3])
         return in_pieces_if_idle(self, self.proj, x, values)
 
 

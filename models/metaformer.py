@@ -58,12 +58,13 @@ class Downsampling(nn.Module):
         super().__init__()
         self.pre_norm = pre_norm or nn.Identity()
         self.conv = nn.Conv2d(in_dim, dim, **conv)
+        self.stride = conv["stride"]
         self.post_norm = post_norm or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre_norm(x).permute(0, 3, 1, 2)
         # Zeros at the right and the bottom: without them conv7's map is a row short for 4k + 1 and 4k + 2.
-        x = self.conv(pad_to_multiple(x, self.conv.stride[0]))
+        x = self.conv(pad_to_multiple(x, self.stride))
         return self.post_norm(x.permute(0, 2, 3, 1))
 
 

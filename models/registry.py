@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.names import origin
+from utils.names import check_decorator, origin
 from utils.spelling import nearest
 
 # Keywords that every backbone takes from shared keys, not from its own node.
@@ -58,11 +58,14 @@ def register(name: str, node: str | None = None) -> Callable[[type], type]:
     """Class decorator: make a backbone known as MODEL.TYPE `name`, configured by `MODEL.<node>`.
 
     Raises:
-        TypeError: a keyword that cannot become a config key (positional, no default, no plain type).
+        TypeError: a keyword that cannot become a config key (positional, no default, no plain type), one of
+            `SHARED_KEYWORDS` missing, or a class that is no `Backbone`.
         ValueError: the name is taken.
     """
+    check_decorator(name, "register")
 
     def decorate(cls: type) -> type:
+        _check_class(cls)
         if name.lower() in _ENTRIES and origin(_ENTRIES[name.lower()].cls) != origin(cls):
             raise ValueError(
                 f"MODEL.TYPE='{name}' is registered twice: {_ENTRIES[name.lower()].cls} and {cls}"
@@ -73,6 +76,23 @@ def register(name: str, node: str | None = None) -> Callable[[type], type]:
         return cls
 
     return decorate
+
+
+def _check_class(cls: type) -> None:
+    """TypeError unless `build_model` can build the class, and the engine use it."""
+    from .backbone import Backbone  # here, because architectures import this module first
+
+    if not issubclass(cls, Backbone):
+        raise TypeError(
+            f"{cls.__name__} must derive from models.Backbone, which is what engines use"
+        )
+    parameters = [inspect.signature(owner.__init__).parameters for owner in constructors(cls)]
+    missing = [key for key in SHARED_KEYWORDS if not any(key in names for names in parameters)]
+    if missing:
+        raise TypeError(
+            f"{cls.__name__}.__init__ lacks {missing}, which every architecture is given; pass them on to a "
+            "base class by **keywords, or take them"
+        )
 
 
 def find(name: str) -> Entry:

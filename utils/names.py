@@ -30,3 +30,9 @@ def origin(factory: Any) -> tuple[str, str]:
         module, name = origin(factory.func)
         return module, f"partial({name}, {factory.args}, {factory.keywords})"
     return factory.__module__, factory.__qualname__
+
+
+def check_decorator(name: Any, decorator: str) -> None:
+    """TypeError where `decorator` stands without its brackets and gets the class in place of the name."""
+    if not isinstance(name, str):
+        raise TypeError(f'write @{decorator}("a_name"), not @{decorator}: it gets {name!r}')

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.registry import Field, signature_fields
-from utils.names import origin
+from utils.names import check_decorator, origin
 from utils.spelling import nearest
 
 # What every head is given beside its own keywords: the maps it gets, and the number of classes.
@@ -51,6 +51,7 @@ def register_head(name: str, *, task: str) -> Callable[[type], type]:
         TypeError: a keyword that cannot become a config key.
         ValueError: the name is taken.
     """
+    check_decorator(name, "register_head")
 
     def decorate(cls: type) -> type:
         if name in _HEADS and origin(_HEADS[name].cls) != origin(cls):

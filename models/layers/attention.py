@@ -30,7 +30,7 @@ class Attention(nn.Module):
         check_heads(dim, num_heads)
         if not 0 <= attn_drop < 1:
             raise ValueError(f"attn_drop={attn_drop} must be in [0, 1); 0 drops nothing")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.attn_drop = attn_drop
         self.qkv = Linear(dim, dim * 3, bias=qkv_bias)

@@ -47,6 +47,7 @@ class ConvStem(nn.Module):
                 f"patch_size={patch_size} with embed_dim={dim}: the stem halves the map per convolution, so "
                 "patch_size must be a power of two (2, 4, 8, 16) and patch_size / 2 must divide embed_dim"
             )
+        self.first_width = dim >> (depth - 1)
         widths = [in_chans, *(dim >> i for i in reversed(range(depth)))]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
@@ -58,7 +59,7 @@ class ConvStem(nn.Module):
         self.post_affine = Affine(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.proj[0][0].out_channels * x.shape[2] * x.shape[3] // 4
+        values = self.first_width * x.shape[2] * x.shape[3] // 4
         x = channels_last(x)
         return in_pieces_if_idle(self, self._layers, x, values)
 

@@ -35,7 +35,8 @@ class DAFF(nn.Module):
         class_gate: bool = True,
     ):
         super().__init__()
-        hidden = hidden_width(dim, ratio, "mlp_ratio")
+        self.dim, self.hidden = dim, hidden_width(dim, ratio, "mlp_ratio")
+        hidden = self.hidden
         self.conv1 = nn.Conv2d(dim, hidden, 1)
         self.bn1 = BatchNorm2d(hidden)
         self.conv2 = DepthwiseConv2d(hidden, 3)
@@ -47,13 +48,13 @@ class DAFF(nn.Module):
 
     def set_class_gate(self, enable: bool) -> None:
         """Make the layers of `reweight` anew, or remove them."""
-        dim = self.conv1.in_channels
+        dim = self.dim
         self.compress = nn.Linear(dim, dim // 4) if enable else None
         self.excitation = nn.Linear(dim // 4, dim) if enable else None
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.shape[1] * x.shape[2]
-        values = positions * self.conv1.out_channels
+        values = positions * self.hidden
         return in_pieces_if_idle(self, self._layers, x, values, positions)
 
     def _layers(self, x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module | Non
     if (
         norm.training
         or not is_plain(conv, nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
-        or not (folded or is_plain(norm, *MAP_NORMS))
+        or not (folded or (is_plain(norm, *MAP_NORMS) and norm.running_var is not None))
     ):
         x = norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         return x if act is None else act(x)

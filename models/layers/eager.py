@@ -131,8 +131,16 @@ def in_pieces_if_idle(
     """
     if module.training or torch.is_grad_enabled() or not eager_on_cpu(x):
         return function(x)
-    least = ceil(POSITIONS / positions) if positions else 1
-    return in_pieces(function, x, max(least, piece(values)))
+    length = max(ceil(POSITIONS / positions) if positions else 1, piece(values))
+    if len(x) <= length or _mixes_images(module):
+        return function(x)
+    return in_pieces(function, x, length)
+
+
+def _mixes_images(module: nn.Module) -> bool:
+    """Whether a part of it may take statistics of the batch, though the whole is in evaluation."""
+    parts = module.modules()
+    return any(part.training or getattr(part, "running_var", part) is None for part in parts)
 
 
 def piece(values: int) -> int:

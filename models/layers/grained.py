@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .attention import merge_heads, split_heads
+from .eager import is_transformed
 from .table_cache import Constants
 from .tokens import Size, to_map, to_tokens
 
@@ -78,6 +79,7 @@ class GrainedQueries(nn.Module):
 
     def __init__(self, dim: int, splits: Sequence[int] = (4, 2, 1)):
         super().__init__()
+        self.dim = dim
         self.region = max(splits, default=0)
         if not splits or any(split < 1 or self.region % split for split in splits):
             raise ValueError(
@@ -125,7 +127,9 @@ class GrainedQueries(nn.Module):
     def ask(self, x: Tensor, size: Size, change: Change) -> tuple[Tensor, Routing]:
         """Tokens (B, N, C) plus what `change` adds to the queries that stand for them, and the routing."""
         candidates, routing = self(x, size)
-        ask = self.ask_all if self.training or self.dense_evaluation else self.ask_chosen
+        # Transforms such as `torch.vmap` have no number of rows that depends on what images show.
+        everything = self.training or self.dense_evaluation or is_transformed(x)
+        ask = self.ask_all if everything else self.ask_chosen
         return ask(x, candidates, routing.gates, size, change), routing
 
     def ask_all(

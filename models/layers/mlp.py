@@ -27,7 +27,7 @@ class Mlp(nn.Module):
         out_dim: int | None = None,
     ):
         super().__init__()
-        hidden = hidden_width(dim, ratio, "mlp_ratio")
+        self.hidden = hidden = hidden_width(dim, ratio, "mlp_ratio")
         self.fc1 = Linear(dim, hidden, bias=bias)
         self.act = made_inplace(act())
         self.fc2 = Linear(hidden, dim if out_dim is None else out_dim, bias=bias)
@@ -37,7 +37,7 @@ class Mlp(nn.Module):
         if x.ndim < 2:
             return self._layers(x)
         # Two maps as wide as the hidden one, or one where the activation works in place.
-        values = self.fc1.out_features // 2
+        values = self.hidden // 2
         y = in_pieces_if_idle(self, self._layers, x.flatten(0, -2), values, positions=1)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -21,7 +21,7 @@ class PatchEmbed(nn.Module):
         self, in_chans: int, embed_dim: int, patch_size: int, norm_eps: float | None = None
     ):
         super().__init__()
-        self.patch_size = patch_size
+        self.in_chans, self.embed_dim, self.patch_size = in_chans, embed_dim, patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         # Identity owns no key, so one class serves the state dicts with and without `norm`.
         self.norm = nn.Identity() if norm_eps is None else LayerNorm(embed_dim, eps=norm_eps)

@@ -95,8 +95,8 @@ def pooled(x: Tensor, cells: int) -> Tensor:
 
     def matrix(side: int) -> Tensor:
         def make() -> Tensor:
-            units = torch.eye(side, device=x.device)
-            return F.adaptive_avg_pool1d(units, cells).t().to(x.dtype)
+            units = _units(side, x.device)
+            return F.adaptive_avg_pool1d(units, cells).t().to(x.device, x.dtype)
 
         return _MATRICES.get(("mean", side, cells, x.device, x.dtype), make)
 
@@ -125,8 +125,13 @@ def _matrix(
     """(new, old): what interpolation does to each unit vector; made once."""
 
     def make() -> Tensor:
-        units = torch.eye(old, device=device)[None, :, :, None]
+        units = _units(old, device)[None, :, :, None]
         matrix = F.interpolate(units, (new, 1), mode=mode, align_corners=align_corners)
-        return matrix[0, :, :, 0].t().to(dtype)
+        return matrix[0, :, :, 0].t().to(device, dtype)
 
     return _MATRICES.get((mode, align_corners, old, new, device, dtype), make)
+
+
+def _units(size: int, device: torch.device) -> Tensor:
+    """The identity in double precision, on the CPU where the device may not have that."""
+    return torch.eye(size, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")

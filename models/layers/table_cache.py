@@ -1,13 +1,31 @@
 """Tables that are made once: those of sizes alone, and resized ones while nothing writes to their source."""
 
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .eager import is_captured, is_transformed
+
+_STEPS = itertools.count(1)
+_last_step = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _last_step
+    _last_step = next(_STEPS)
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def optimizer_steps() -> int:
+    """Changes with each step of an optimizer: those with `fused=True` write to tensors without a trace."""
+    return _last_step
 
 
 class Constants:
@@ -56,7 +74,7 @@ class TableCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[int, int], int, Tensor, Tensor]] = {}
+        self._entries: dict[str, tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]] = {}
 
     def get(
         self, name: str, table: Tensor, size: tuple[int, int], resize: Callable[[Tensor], Tensor]
@@ -70,14 +88,11 @@ class TableCache:
         if torch.compiler.is_compiling() or table.is_inference():
             return resize(table)
         if learns:
-            self._entries.pop(
-                name, None
-            )  # a fused optimizer may follow, which writes without a trace
             return resize(table)
         entry = self._entries.get(name)
         if entry is None or not _is_current(entry, table, size):
             with torch.inference_mode(False), torch.no_grad():
-                entry = (size, table._version, table.detach(), resize(table))
+                entry = (size, _version(table), table.detach(), resize(table))
             if not is_captured(entry[3]):
                 self._entries[name] = entry
         return entry[3]
@@ -93,13 +108,17 @@ class TableCache:
         return TableCache, ()
 
 
+def _version(table: Tensor) -> tuple[int, int]:
+    return table._version, optimizer_steps()
+
+
 def _is_current(entry: tuple, table: Tensor, size: tuple[int, int]) -> bool:
     made_for, version, source, _ = entry
     # A write raises the version. A move changes the address: the old storage, alive in `source`,
     # cannot have been handed out again.
     return (
         made_for == size
-        and version == table._version
+        and version == _version(table)
         and source.data_ptr() == table.data_ptr()
         and (source.dtype, source.device) == (table.dtype, table.device)
     )

@@ -26,7 +26,7 @@ from .packed import PackedWeight, can_pack
 from .plain import is_plain
 from .precision import autocast_dtype
 from .resize import precise_dtype, resize_bias_table
-from .table_cache import Constants
+from .table_cache import Constants, optimizer_steps
 from .token_maps import attention_probabilities
 from .window_partition import (
     effective_window,
@@ -199,10 +199,9 @@ class Windowed(nn.Module):
         ):
             return self._build_additive(grid, masked, mask, like)
         if self.training or torch.is_grad_enabled():
-            self._cache = None  # what follows may write without a trace, as fused optimizers do
             return self._build_additive(grid, masked, mask, like)
         versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
-        key = (grid, like.dtype, like.device, versions)
+        key = (grid, like.dtype, like.device, versions, optimizer_steps())
         kept = self._cache  # read once: another thread may replace it
         if kept is not None and kept[0] == key:
             return kept[1]

@@ -28,7 +28,7 @@ class SepConv(nn.Module):
             raise ValueError(
                 f"kernel_size={kernel_size} must be positive and odd, to keep the map's size"
             )
-        hidden = hidden_width(dim, expansion, "expansion")
+        self.hidden = hidden = hidden_width(dim, expansion, "expansion")
         self.pwconv1 = Linear(dim, hidden, bias=False)
         self.act1 = made_inplace(act())
         self.dwconv = DepthwiseConv2d(hidden, kernel_size, bias=False)
@@ -37,7 +37,7 @@ class SepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.shape[1] * x.shape[2]
-        values = positions * self.pwconv1.out_features
+        values = positions * self.hidden
         return in_pieces_if_idle(self, self.mix, x, values, positions)
 
     def mix(self, x: Tensor) -> Tensor:

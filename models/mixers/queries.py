@@ -32,11 +32,11 @@ class SplitAttention(Attention):
 
     def q(self, x: Tensor) -> Tensor:
         """(..., C) -> queries (..., C), heads merged."""
-        return self._part(x, slice(0, self.proj.in_features))
+        return self._part(x, slice(0, self.dim))
 
     def keys_values(self, x: Tensor, size: Size) -> tuple[Tensor, ...]:
         """Tokens (B, N, C) -> keys and values, each (B, heads, N, C / heads)."""
-        kv = self._part(x, slice(self.proj.in_features, None))
+        kv = self._part(x, slice(self.dim, None))
         return split_heads(kv, self.num_heads, 2)
 
     def project(self, x: Tensor) -> Tensor:

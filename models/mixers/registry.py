@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from utils.names import origin
+from utils.names import check_decorator, origin
 from utils.spelling import nearest
 
 from .options import check_types, keywords_of, parse_spec
@@ -83,6 +83,7 @@ def register_mixer(name: str) -> Callable[[Factory], Factory]:
     Raises:
         ValueError: the name is taken, or is no Python identifier.
     """
+    check_decorator(name, "register_mixer")
 
     def decorate(factory: Factory) -> Factory:
         if not name.isidentifier():

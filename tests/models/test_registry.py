@@ -6,6 +6,9 @@ import pytest
 
 from config import load_config
 from models import create_model, list_models, registry, variant_file
+from models.backbone import Backbone
+from models.heads.registry import register_head
+from models.mixers import register_mixer
 from models.registry import Field, signature_fields
 
 
@@ -70,24 +73,52 @@ def test_star_keywords_are_those_of_the_base_with_defaults_of_ones_own():
     assert signature_fields(OwnOnly) == {"depth": Field(2, (int,))}
 
 
+class Complete(Backbone):
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+
+
+def test_mistakes_in_a_registration_are_told():
+    with pytest.raises(TypeError, match=r'write @register\("a_name"\)'):
+        registry.register(Complete)
+    with pytest.raises(TypeError, match=r'write @register_mixer\("a_name"\)'):
+        register_mixer(Complete)
+    with pytest.raises(TypeError, match=r'write @register_head\("a_name"\)'):
+        register_head(Complete, task="detection")
+    with pytest.raises(TypeError, match="Example must derive from models.Backbone"):
+        registry.register("example")(Example)
+
+    class Incomplete(Backbone):
+        def __init__(self, *, num_classes: int = 10, dim: int = 8):
+            super().__init__()
+
+    with pytest.raises(TypeError, match=r"Incomplete.__init__ lacks \['in_chans', 'img_size'"):
+        registry.register("incomplete")(Incomplete)
+
+
 def test_a_name_is_registered_once(monkeypatch):
     monkeypatch.setattr(registry, "_ENTRIES", {})
-    registry.register("Example")(Example)
+    registry.register("Example")(Complete)
     assert registry.find("EXAMPLE").node == "EXAMPLE"
 
-    class Other:
-        def __init__(self) -> None:
-            pass
+    class Other(Complete):
+        pass
 
     with pytest.raises(ValueError, match="registered twice"):
         registry.register("example")(Other)
-    copied = type(
-        "Example", (Example,), {"__module__": "models.copied", "__init__": Example.__init__}
-    )
-    copied.__qualname__ = Example.__qualname__
+    copied = type("Complete", (Complete,), {"__module__": "models.copied"})
+    copied.__qualname__ = Complete.__qualname__
     with pytest.raises(ValueError, match="registered twice"):
         registry.register("example")(copied)
-    copied.__module__ = Example.__module__  # loaded again, as in a notebook
+    copied.__module__ = Complete.__module__  # loaded again, as in a notebook
     registry.register("example")(copied)
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.layers import eager
 from models.layers.eager import compiled_for_cpu, is_exporting, may_keep
+from tests.models.test_contract import images, small
 
 
 class Flags(nn.Module):
@@ -43,3 +45,22 @@ def test_they_are_told_apart_between_two_graphs_too():
 def test_an_exported_program_is_no_compiled_one(strict):
     program = torch.export.export(Flags(), (torch.zeros(2),), strict=strict)
     assert program.module()(torch.zeros(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["dhvt", "dfvt", "dilateformer"])
+@pytest.mark.parametrize("way", ["training", "no running statistics"])
+def test_norms_that_take_statistics_of_the_batch_see_all_of_it(family, way, monkeypatch):
+    monkeypatch.setattr(eager, "PIECE", 1)
+    monkeypatch.setattr(eager, "POSITIONS", 1)
+    model, x = small(family), images(batch=5)
+    for norm in model.modules():
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        if way == "training":
+            norm.train()
+            norm.momentum = 0.0
+        else:
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    expected = model(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

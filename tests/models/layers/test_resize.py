@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.layers.resize import pooled, resize_bias_table, resize_position_grid
+from models.layers.resize import (
+    pooled,
+    resize_bias_table,
+    resize_complex_filter,
+    resize_position_grid,
+)
 from utils.seeding import set_deterministic
 
 
@@ -55,3 +61,11 @@ def test_deterministic_runs_pool_by_products(deterministic):
     assert "Pool" in pooled(x, 3).grad_fn.name()
     deterministic()
     assert "Pool" not in pooled(x, 3).grad_fn.name()
+
+
+def test_filters_in_double_precision_are_resized_in_it():
+    filters = torch.randn(8, 5, 3, 2, dtype=torch.float64)
+    grid = filters.flatten(2).permute(2, 0, 1)[None]
+    expected = F.interpolate(grid, (12, 7), mode="bicubic", align_corners=True)
+    found = resize_complex_filter(filters, (12, 7)).flatten(2).permute(2, 0, 1)[None]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

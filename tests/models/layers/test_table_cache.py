@@ -6,6 +6,7 @@ import torch
 from models.layers import resize, table_cache
 from models.layers.resize import resize_complex_filter
 from models.layers.table_cache import Constants, TableCache
+from tests.models.test_contract import images, small, total
 from tests.operators import Operators
 
 
@@ -89,3 +90,18 @@ def test_a_copy_does_not_outlive_a_step_of_a_fused_optimizer():
     optimizer.step()
     with torch.no_grad():
         torch.testing.assert_close(doubled(), 2 * table)
+
+
+@pytest.mark.parametrize("family", ["pvt", "swin", "swinv2", "dfformer", "dfvt"])
+def test_what_is_kept_is_made_anew_after_a_fused_step(family):
+    """It writes without a trace, here after a pass without gradients."""
+    model, x = small(family), images((96, 128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    loss = total(model(x))
+    with torch.no_grad():
+        model(x)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = model(x)
+        torch.testing.assert_close(found, model.train().eval()(x), rtol=1e-5, atol=1e-5)
