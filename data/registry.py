@@ -51,12 +51,16 @@ _FORMATS: dict[tuple[str, str], Format] = {}  # by task and name
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+class DamagedImageError(ValueError):
+    """A file is no image; the message names it."""
+
+
 def read_image(path: Path) -> Image.Image:
-    """An image file -> decoded PIL image; ValueError that names it if it is none."""
+    """An image file -> decoded PIL image; DamagedImageError that names it if it is none."""
     try:
         return decode_image(path.read_bytes())
     except DAMAGED as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise DamagedImageError(f"{path} cannot be read as an image: {error}") from error
 
 
 def decode_image(content: bytes) -> Image.Image:

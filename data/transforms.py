@@ -4,6 +4,7 @@ Pixels stay uint8 here; `finish.Finish` normalises them, and erases, on the devi
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -361,6 +362,10 @@ def resize_array(
 def _check_policy(policy: str) -> None:
     """ValueError for a text that timm reads as no policy; its own errors name no key."""
     try:
+        # timm passes over parts that it cannot read.
+        for part in policy.split("-")[1:]:
+            if not re.match(r"[a-z]+\d|t", part):
+                raise ValueError(f"'{part}' is no letter with a number, as in m9 or mstd0.5")
         create_transform(64, is_training=True, auto_augment=policy)
     except (AssertionError, ValueError, LookupError) as error:
         raise ValueError(

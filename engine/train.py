@@ -89,6 +89,8 @@ def train_epoch(
     learners = [module, *followers] if ema is None else [module, ema.module, *followers]
     watched = ["loss"] if amp.skips_steps else ["loss", "grad_norm"]
     log = _TrainLog(epoch, epochs, num_batches, device, watched)
+    # The last step of the run may come before the end of the epoch.
+    log.end = min(num_batches, first_batch + (schedule.total_steps - step) * window)
     batches = iter(_with_progress_bar(loader, f"epoch {epoch}", first_batch, num_batches))
     model.train()
     optimizer.zero_grad()
@@ -164,6 +166,7 @@ class _TrainLog:
     ) -> None:
         self.watched = watched
         self.epoch, self.epochs, self.num_batches, self.device = epoch, epochs, num_batches, device
+        self.end = num_batches  # batch that the run ends before
         self.values: dict[str, Mean] = defaultdict(Mean)
         self.time, self.data_time, self.loss_scale = Mean(), Mean(), Mean()
         self.num_images = self.num_waited = 0
@@ -226,7 +229,7 @@ class _TrainLog:
         shown_norm = [0.0 if math.isnan(norm) else norm for norm in grad_norm]
         # That of the groups that have one.
         weight_decay = max(group["weight_decay"] for group in optimizer.param_groups)
-        eta = datetime.timedelta(seconds=int(batch_time[1] * (self.num_batches - 1 - index)))
+        eta = datetime.timedelta(seconds=int(batch_time[1] * max(0, self.end - 1 - index)))
         memory = peak_memory_mib(self.device)
         _LOG.info(
             f"Train: [{self.epoch}/{self.epochs}][{index}/{self.num_batches}]\t"

@@ -17,6 +17,7 @@ from optimizer import build_optimizer
 from tasks import build_task
 from tasks.classification_report import check_predictions_file
 from utils.amp import Amp
+from utils.arguments import obstacle
 from utils.distributed import Runtime, all_gather_object
 from utils.sources import Source
 
@@ -91,15 +92,8 @@ def _on_all(look: Callable[[], Any]) -> Any:
 
 def _check_writable(folder: Path, written: Sequence[str]) -> None:
     """ValueError if a run's folder cannot be made, or if it, or one of what is `written` in it, is locked."""
-    place = folder.absolute()
-    while not os.path.exists(place):  # unlike Path.exists also where the parent may not be read
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"OUTPUT leads to {folder}, and {place} is a file: give another --output")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"OUTPUT leads to {folder}, and nothing can be written to {place}: give another --output"
-        )
+    if reason := obstacle(folder):
+        raise ValueError(f"OUTPUT leads to {folder}, and {reason}: give another --output")
     for path in (folder / name for name in written):
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise ValueError(f"{path} cannot be written to: change its mode, or give another --tag")

@@ -22,6 +22,10 @@ TABLES = ("per_class.csv", "confusion.csv")
 def check_predictions_file(name: str, report: bool = False) -> None:
     """ValueError unless predictions can be written to a file of this name, with `report` beside a report."""
     suffix = Path(name).suffix
+    if Path(name).name != name:
+        raise ValueError(
+            f"TEST.PREDICTIONS='{name}' must be a file's name without folders: it lies in the run's folder"
+        )
     if report and name in TABLES:
         raise ValueError(
             f"TEST.PREDICTIONS='{name}' is a file that TEST.REPORT writes: give it another name"

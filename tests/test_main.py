@@ -774,12 +774,16 @@ def test_an_architecture_is_added_by_two_files(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def refuse(*_, **__):
+    raise PermissionError("no")
+
+
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SystemExit):
         program.main(["--cfg", SMOKE, "--output", "file"])
     assert re.search(r"OUTPUT leads to file/.* is a file", capsys.readouterr().err)
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(SystemExit):
         run()
     assert "nothing can be written to" in capsys.readouterr().err

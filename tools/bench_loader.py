@@ -40,7 +40,7 @@ from data.registry import ImageDataset, decode_image
 from data.samplers import Key
 from data.transforms import channel_stats, to_image
 from models.layers.tokens import to_pair
-from utils.arguments import add_opts
+from utils.arguments import add_opts, check_output
 from utils.distributed import own_device
 from utils.fingerprint import fingerprint, load_average
 
@@ -353,6 +353,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser, args = parse_args(argv)
     args.command = sys.argv[1:] if argv is None else list(argv)
     try:
+        if args.output:
+            check_output(Path(args.output).with_suffix(".json"), "--output")
         result = measure(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))

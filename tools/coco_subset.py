@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = subset(content, args.images)
     except (OSError, ValueError) as error:
         parser.error(f"{args.source}: {error}")
-    args.target.write_text(json.dumps(chosen))
+    try:
+        args.target.write_text(json.dumps(chosen))
+    except OSError as error:
+        parser.error(f"target {args.target}: {error.strerror}")
     print(f"{args.target}: {len(chosen['images'])} images, {len(chosen['annotations'])} objects")
 
 

@@ -28,7 +28,7 @@ from data.build import build_samples  # noqa: E402
 from data.dense.loader import IGNORED  # noqa: E402
 from data.registry import SPLITS  # noqa: E402
 from data.samplers import Key  # noqa: E402
-from utils.arguments import add_opts  # noqa: E402
+from utils.arguments import add_opts, check_output  # noqa: E402
 from utils.pictures import (  # noqa: E402
     draw_labels,
     draw_objects,
@@ -118,10 +118,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     flags = {} if args.data_path is None else {"DATA.DATA_PATH": args.data_path}
     try:
         config = load_config(args.cfg, args.opts, flags)
+        path = args.output or output_dir(config) / "contact_sheet.png"
+        check_output(path, "--output")
         sheet = contact_sheet(config, args.split, args.images, args.draws, args.side)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    path = args.output or output_dir(config) / "contact_sheet.png"
     save_picture(sheet, path)
     print(path)
     return path

@@ -42,7 +42,7 @@ from engine.train import to_device  # noqa: E402
 from models import Backbone  # noqa: E402
 from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts  # noqa: E402
+from utils.arguments import add_opts, check_output  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
 
 CLASSIFIERS = ("logistic", "mean")
@@ -235,11 +235,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(args.cfg, args.opts, {k: v for k, v in given.items() if v})
         check_is_classifier(config, "features are what a classifier reads")
+        folder = Path(args.output) if args.output else output_dir(config)
+        check_output(folder, "--output", is_folder=True)
         device = own_device(config.DEVICE)
         loaders = {
             split: build_loader(config, "val", device=device, dataset=build_dataset(config, split))
             for split in ("train", "val")
         }
+        images = len(loaders["train"].dataset)
+        for flag, counts in (("--knn", args.knn), ("--shots", args.shots)):
+            for count in counts:
+                if not 1 <= count <= images:
+                    raise ValueError(
+                        f"{flag} {count} must be from 1 to {images}, the training images"
+                    )
         num_classes = len(loaders["val"].classes)
         model = build_placed(config, num_classes, device)
         source = source_of(config, "throughput", output_dir(config) / "checkpoints" / "last.pth")
@@ -269,12 +278,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    folder = Path(args.output) if args.output else output_dir(config)
+    print(table(report))
     folder.mkdir(parents=True, exist_ok=True)
     settings = dict(temperature=args.temperature, classifier=args.classifier, c=args.c)
     content = dict(model=config.MODEL.NAME, checkpoint=source.path, **settings, **report)
     (folder / "frozen_features.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(table(report))
     print(f"written: {folder / 'frozen_features.json'}")
 
 

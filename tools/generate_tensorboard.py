@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.plotting import plot_training  # noqa: E402  found through the line above
+from utils.arguments import check_output  # noqa: E402  found through the line above
+from utils.plotting import plot_training  # noqa: E402
 
 # What a folder is searched for, the most exact first.
 LOGS = ("metrics.jsonl", "log_rank0.txt", "run_log.txt", "log.txt", "summary.csv")
@@ -247,6 +248,9 @@ def main(args: Sequence[str] | None = None) -> None:
         path = find_log(Path(options.log))
         log = read_log(path)
         folder = Path(options.output or path.parent / f"tensorboard_{path.stem}")
+        check_output(folder, "--output", is_folder=True)
+        if options.png:
+            check_output(Path(options.png), "--png")
         write_tensorboard(log, folder)
         if options.png:
             write_picture(log, options.png, path.parent.resolve().name)

@@ -24,7 +24,7 @@ from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from modes.results import count_model, time_model  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts  # noqa: E402
+from utils.arguments import add_opts, check_output  # noqa: E402
 from utils.distributed import init_distributed  # noqa: E402
 
 
@@ -105,11 +105,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         flags["DATA.DATA_PATH"] = args.data_path
     try:
         config = load_config(args.cfg, args.opts, flags)
+        path = args.output or output_dir(config) / "keep_rates.json"
+        check_output(path, "--output")
+        for rate in args.rates:
+            if not 0 < rate <= 1:
+                raise ValueError(f"--rates {rate:g} must be in (0, 1]")
         records = measure(config, args.rates)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(to_table(records))
-    path = args.output or output_dir(config) / "keep_rates.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=2) + "\n")
     return records

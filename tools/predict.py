@@ -33,12 +33,12 @@ sys.path.insert(0, str(ROOT))
 
 from config import check_is_classifier, load_config  # noqa: E402  found through the line above
 from data.build import build_finish, build_transform  # noqa: E402
-from data.registry import read_image  # noqa: E402
+from data.registry import DamagedImageError, read_image  # noqa: E402
 from models import Backbone  # noqa: E402
 from models.evit import kept_patches  # noqa: E402
 from models.layers.tokens import Size  # noqa: E402
 from modes.build import load_trained  # noqa: E402
-from utils.arguments import add_opts, check_files  # noqa: E402
+from utils.arguments import add_opts, check_files, check_output  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
 from utils.pictures import draw_values, save_picture, side_by_side  # noqa: E402
 from utils.spelling import nearest  # noqa: E402
@@ -241,7 +241,7 @@ def draw(prediction: Prediction) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Prediction]:
-    """Command line -> the predictions, which are printed too."""
+    """Command line -> the predictions, each printed as it is made; exit status 1 (2 of all) for damaged ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
     parser.add_argument("--cfg", metavar="FILE", required=True, help="the experiment's YAML file")
@@ -269,19 +269,33 @@ def main(argv: Sequence[str] | None = None) -> list[Prediction]:
         if args.target is not None and not args.cam:
             raise ValueError(f"--class '{args.target}' is the class of --cam: give --cam too")
         check_files(args.images)
+        if args.draw:
+            check_output(args.draw, "--draw", is_folder=True)
         predictor = Predictor(load_config(args.cfg, args.opts, flags))
-        predictions = [predictor(path, args.top, args.cam, args.target) for path in args.images]
+        predictions = []
+        for number, path in enumerate(args.images):
+            try:
+                predictions.append(predictor(path, args.top, args.cam, args.target))
+            except DamagedImageError as error:  # the others are told all the same
+                print(error, file=sys.stderr)
+                continue
+            show(predictions[-1], number, args.draw)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    for number, prediction in enumerate(predictions):
-        chances = ", ".join(f"{100 * chance:.1f} % {name}" for name, chance in prediction.classes)
-        print(f"{prediction.path}: {chances}")
-        if args.draw:
-            # Numbered: files of two folders may have one name.
-            target = args.draw / f"{number}_{prediction.path.stem}.png"
-            save_picture(draw(prediction), target)
-            print(f"  {target}: image, {', '.join(prediction.maps) or 'no maps'}")
+    if len(predictions) < len(args.images):
+        sys.exit(1 if predictions else 2)
     return predictions
+
+
+def show(prediction: Prediction, number: int, folder: Path | None) -> None:
+    """Print the classes, and draw the maps into a folder if there is one."""
+    chances = ", ".join(f"{100 * chance:.1f} % {name}" for name, chance in prediction.classes)
+    print(f"{prediction.path}: {chances}")
+    if folder:
+        # Numbered: files of two folders may have one name.
+        target = folder / f"{number}_{prediction.path.stem}.png"
+        save_picture(draw(prediction), target)
+        print(f"  {target}: image, {', '.join(prediction.maps) or 'no maps'}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from modes.build import load_trained  # noqa: E402
 from modes.dense_evaluation import Drawing  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts, check_files  # noqa: E402
+from utils.arguments import add_opts, check_files, check_output  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
 
 _LOG = logging.getLogger(__name__)
@@ -189,8 +189,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if not 0 <= args.threshold <= 1:
             raise ValueError(f"--threshold {args.threshold} must be within [0, 1]")
         check_files(args.images)
-        if args.json and args.json.is_dir():
-            raise ValueError(f"--json {args.json} is a folder: name a file")
+        if args.json:
+            check_output(args.json, "--json")
+        if args.draw:
+            check_output(args.draw, "--draw", is_folder=True)
         config = load_config(args.cfg, args.opts, flags)
         results = find(config, args.images, args.threshold, args.draw)
     except (ValueError, OSError) as error:

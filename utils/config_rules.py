@@ -154,7 +154,7 @@ RANGES: dict[str, str] = {
     "SAVE_KEEP": "[0, inf)",
     "SAVE_STEPS": "[0, inf)",
     "PRINT_FREQ": "[1, inf)",
-    "SEED": "[0, inf)",
+    "SEED": "[0, 4611686018427387904]",  # 2**62: each process adds its rank
     "PLAN.WORLD_SIZE": "[0, inf)",
     "PLAN.TRAIN_SIZE": "[0, inf)",
 }

@@ -93,7 +93,7 @@ def test_mistakes_in_a_registration_are_told():
         register_mixer(Complete)
     with pytest.raises(TypeError, match=r'write @register_head\("a_name"\)'):
         register_head(Complete, task="detection")
-    with pytest.raises(TypeError, match="Example must derive from models.Backbone"):
+    with pytest.raises(TypeError, match=r"Example must derive from models\.Backbone"):
         registry.register("example")(Example)
 
     class Incomplete(Backbone):

@@ -355,3 +355,14 @@ def test_a_map_of_numbers_is_stretched_over_the_picture_from_dark_to_bright():
     flat = draw_values(grey, torch.zeros(2, 3))
     assert flat.flatten(1).unique(dim=1).shape == (3, 1), "neither dark nor bright"
     assert (grey == 100).all()
+
+
+def test_one_damaged_image_does_not_hide_the_others(images, checkpoint, tmp_path, capsys):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no image")
+    words = [images[0], str(damaged), images[0], "--cfg", SMOKE, "--resume", checkpoint]
+    with pytest.raises(SystemExit, match="1"):
+        predict.main([*words, "--opts", *EVIT])
+    out, err = capsys.readouterr()
+    assert out.count(f"{images[0]}: ") == 2
+    assert "damaged.png cannot be read as an image" in err
