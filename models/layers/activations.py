@@ -41,28 +41,26 @@ class StarReLU(nn.Module):
 
 
 class _StarReLU(torch.autograd.Function):
-    """The same on a CPU in pieces that stay in its caches; keeps x only."""
+    """The same on a CPU in pieces that stay in its caches; keeps relu(x) only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
-        y = torch.empty_like(x)
-        for x_part, part in zip(_pieces(x), _pieces(y), strict=True):
+        rectified, y = torch.empty_like(x), torch.empty_like(x)
+        for x_part, part, y_part in zip(*map(_pieces, (x, rectified, y)), strict=True):
             torch.clamp_min(x_part, 0, out=part)
-            torch.addcmul(bias, part, part, value=scale.item(), out=part)
-        ctx.save_for_backward(x, scale)
+            torch.addcmul(bias, part, part, value=scale.item(), out=y_part)
+        ctx.save_for_backward(rectified, scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
+        rectified, scale = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = torch.empty_like(grad)
         grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(scale)
-        rectified = x.new_empty(min(_PIECE, x.numel()))
-        for x_part, of_y, of_x in zip(*map(_pieces, (x, grad, grad_x)), strict=True):
-            part = torch.clamp_min(x_part, 0, out=rectified[: len(x_part)])
+        for part, of_y, of_x in zip(*map(_pieces, (rectified, grad, grad_x)), strict=True):
             torch.mul(of_y, part, out=of_x)
             grad_scale += of_x.dot(part)
             grad_bias += of_y.sum()

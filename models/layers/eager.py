@@ -44,9 +44,9 @@ def are_plain() -> bool:
 def is_eager(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but autograd records what is done with `x` and others, and shortcuts are allowed."""
     recorded = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or are_plain():
+    if recorded or _PLAIN.get() or _is_transformed(x):
         return False
-    return not any(is_transformed(tensor) for tensor in (x, *others) if tensor is not None)
+    return not any(tensor is not None and _is_transformed(tensor) for tensor in others)
 
 
 def eager_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
@@ -89,7 +89,11 @@ def is_captured(x: Tensor) -> bool:
 
 def is_transformed(x: Tensor) -> bool:
     """Whether `x` belongs to a transform such as `torch.vmap`, or carries derivatives forward."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+    return not torch.compiler.is_compiling() and _is_transformed(x)
+
+
+def _is_transformed(x: Tensor) -> bool:
+    if type(x) not in (Tensor, nn.Parameter):
         return False
     try:
         x.data_ptr()
