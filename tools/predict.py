@@ -241,7 +241,7 @@ def draw(prediction: Prediction) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> list[Prediction]:
-    """Command line -> the predictions, each printed as it is made; status 1 or 2 if some or all are damaged."""
+    """Command line -> the predictions, printed one by one; status 1 or 2 if some or all are damaged."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files")
     parser.add_argument("--cfg", metavar="FILE", required=True, help="the experiment's YAML file")

@@ -52,7 +52,7 @@ def resize_tree(
     Raises:
         FileNotFoundError: there is no such folder.
         OSError: a file cannot be written, or copied; what was done stays.
-        ValueError: one folder lies in the other, or a number is out of its range.
+        ValueError: there is no file, one folder lies in the other, or a number is out of its range.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -65,6 +65,8 @@ def resize_tree(
     if side < 1 or not 1 <= quality <= 100:
         raise ValueError(f"--side {side} must be positive and --quality {quality} from 1 to 100")
     files = _files_below(source)
+    if not files:
+        raise ValueError(f"{source} has no file: is it the right folder?")
     work = partial(_convert, source, target, side, quality)
     counts: Counter[str] = Counter()
     damaged = {}

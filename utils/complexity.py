@@ -2,7 +2,8 @@
 
 Multiply-adds are those of matrix products and convolutions, attention included: half the figure of
 `torch.utils.flop_counter`. Fourier transforms have their own column (see `fft_flops`), since papers
-leave them out; element-wise work counts nothing.
+leave them out; element-wise work counts nothing: neither the bilinear samples of DPVT, nor the products of a
+query with its k * k neighbours in DilateFormer, about 0.4 % of its smallest variant's count.
 """
 
 import copy

@@ -162,3 +162,10 @@ def test_colour_profiles_and_turned_images_are_stored_as_loaders_see_them(tree, 
         assert image.size == (60, 40)
         assert not image.getexif()
         assert "icc_profile" not in image.info
+
+
+def test_a_folder_without_files_is_told(tmp_path):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty has no file"):
+        resize_images.resize_tree(tmp_path / "empty", tmp_path / "out", 20, workers=0)
+    assert not (tmp_path / "out").exists()
