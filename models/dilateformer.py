@@ -53,9 +53,7 @@ class ConvStem(nn.Module):
             return
         layers: list[nn.Module] = []
         widths = (in_chans, 16, 32, 64, embed_dim)
-        self.first_share = (
-            widths[1] / STEMS[patch_way][0][1] ** 2
-        )  # values of the first map per pixel
+        self.first = (widths[1], STEMS[patch_way][0][1] ** 2)  # width, pixels per position
         for i, (kernel, stride, padding) in enumerate(STEMS[patch_way]):
             layers.append(nn.Conv2d(*widths[i : i + 2], kernel, stride, padding, bias=False))
             if i < 3:
@@ -67,7 +65,8 @@ class ConvStem(nn.Module):
         x = channels_last(x)
         if not self.overlaps:
             return self.proj(pad_to_multiple(x, 4))
-        values = round(self.first_share * x.shape[2] * x.shape[3])
+        width, area = self.first
+        values = width * x.shape[2] * x.shape[3] // area
         return in_pieces_if_idle(self, self.proj, x, values)
 
 
