@@ -94,9 +94,8 @@ _C.DATA.PAIRS.REDUCE_ZERO_LABEL = False
 
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"  # architecture: a registered name, without regard to case
-_C.MODEL.NAME = (
-    "swin_tiny_patch4_window7_224"  # variant: names the output folder; of another TYPE: the file
-)
+# Variant, which names the output folder; a file that gives a TYPE and no NAME has its own name.
+_C.MODEL.NAME = "swin_tiny_patch4_window7_224"
 _C.MODEL.PRETRAINED = ""  # weights to start from: tables are resized, another head is replaced
 _C.MODEL.PRETRAINED_PARTIAL = False  # accept a file that lacks tensors, or has others
 _C.MODEL.PRETRAINED_EMA = False  # take the averaged weights of a file that holds both

@@ -88,9 +88,9 @@ def train_epoch(
     parameters = [p for p in module.parameters() if p.requires_grad]
     learners = [module, *followers] if ema is None else [module, ema.module, *followers]
     watched = ["loss"] if amp.skips_steps else ["loss", "grad_norm"]
-    log = _TrainLog(epoch, epochs, num_batches, device, watched)
     # The last step of the run may come before the end of the epoch.
-    log.end = min(num_batches, first_batch + (schedule.total_steps - step) * window)
+    end = min(num_batches, first_batch + (schedule.total_steps - step) * window)
+    log = _TrainLog(epoch, epochs, num_batches, end, device, watched)
     batches = iter(_with_progress_bar(loader, f"epoch {epoch}", first_batch, num_batches))
     model.train()
     optimizer.zero_grad()
@@ -161,12 +161,13 @@ class _TrainLog:
         epoch: int,
         epochs: int,
         num_batches: int,
+        end: int,
         device: torch.device,
         watched: Sequence[str],
     ) -> None:
         self.watched = watched
         self.epoch, self.epochs, self.num_batches, self.device = epoch, epochs, num_batches, device
-        self.end = num_batches  # batch that the run ends before
+        self.end = end  # the batch that the epoch, or the run, ends before
         self.values: dict[str, Mean] = defaultdict(Mean)
         self.time, self.data_time, self.loss_scale = Mean(), Mean(), Mean()
         self.num_images = self.num_waited = 0

@@ -7,11 +7,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers.batch_norm import MAP_NORMS
-from .layers.depthwise import DepthwiseConv2d
-from .layers.linear import PointwiseConv2d
+from .layers.depthwise import MAP_CONVOLUTIONS
 from .layers.plain import is_plain
-
-_CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
@@ -28,7 +25,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
             names = pairwise(module._modules)  # those that are there twice, too
         for first, second in names:
             conv, norm = module.get_submodule(first), module.get_submodule(second)
-            if is_plain(conv, *_CONVOLUTIONS) and is_plain(norm, *MAP_NORMS):
+            if is_plain(conv, *MAP_CONVOLUTIONS) and is_plain(norm, *MAP_NORMS):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity().eval())
     return model

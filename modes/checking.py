@@ -1,6 +1,5 @@
 """What can be known to be wrong before a run writes anything."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ from optimizer import build_optimizer
 from tasks import build_task
 from tasks.classification_report import check_predictions_file
 from utils.amp import Amp
-from utils.arguments import obstacle
 from utils.distributed import Runtime, all_gather_object
+from utils.files import is_locked, obstacle
 from utils.sources import Source
 
 from .build import (
@@ -95,7 +94,7 @@ def _check_writable(folder: Path, written: Sequence[str]) -> None:
     if reason := obstacle(folder):
         raise ValueError(f"OUTPUT leads to {folder}, and {reason}: give another --output")
     for path in (folder / name for name in written):
-        if os.path.exists(path) and not os.access(path, os.W_OK):
+        if is_locked(path):
             raise ValueError(f"{path} cannot be written to: change its mode, or give another --tag")
 
 

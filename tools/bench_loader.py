@@ -40,8 +40,9 @@ from data.registry import ImageDataset, decode_image
 from data.samplers import Key
 from data.transforms import channel_stats, to_image
 from models.layers.tokens import to_pair
-from utils.arguments import add_opts, check_output
+from utils.arguments import add_opts
 from utils.distributed import own_device
+from utils.files import check_output
 from utils.fingerprint import fingerprint, load_average
 
 WORKER_STAGES = ("read", "decode", "augment", "collate")

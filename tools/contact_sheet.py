@@ -28,7 +28,8 @@ from data.build import build_samples  # noqa: E402
 from data.dense.loader import IGNORED  # noqa: E402
 from data.registry import SPLITS  # noqa: E402
 from data.samplers import Key  # noqa: E402
-from utils.arguments import add_opts, check_output  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
+from utils.files import check_output  # noqa: E402
 from utils.pictures import (  # noqa: E402
     draw_labels,
     draw_objects,

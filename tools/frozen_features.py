@@ -42,8 +42,9 @@ from engine.train import to_device  # noqa: E402
 from models import Backbone  # noqa: E402
 from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts, check_output  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
+from utils.files import check_output  # noqa: E402
 
 CLASSIFIERS = ("logistic", "mean")
 # Queries compared with all training images at once.

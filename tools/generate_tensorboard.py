@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.arguments import check_output  # noqa: E402  found through the line above
+from utils.files import check_output  # noqa: E402  found through the line above
 from utils.plotting import plot_training  # noqa: E402
 
 # What a folder is searched for, the most exact first.

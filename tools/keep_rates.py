@@ -20,12 +20,14 @@ sys.path.insert(0, str(ROOT))
 from config import load_config, output_dir  # noqa: E402  found through the line above
 from data import build_data  # noqa: E402
 from engine import evaluate  # noqa: E402
+from models.mixers.queries import check_keep_rate  # noqa: E402
 from modes.build import build_placed, load_weights, source_of  # noqa: E402
 from modes.results import count_model, time_model  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts, check_output  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import init_distributed  # noqa: E402
+from utils.files import check_output  # noqa: E402
 
 
 def measure(config: Any, rates: Sequence[float]) -> list[dict[str, float]]:
@@ -108,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         path = args.output or output_dir(config) / "keep_rates.json"
         check_output(path, "--output")
         for rate in args.rates:
-            if not 0 < rate <= 1:
-                raise ValueError(f"--rates {rate:g} must be in (0, 1]")
+            check_keep_rate(rate)
         records = measure(config, args.rates)
     except (ValueError, OSError) as error:
         parser.error(str(error))

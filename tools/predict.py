@@ -38,8 +38,9 @@ from models import Backbone  # noqa: E402
 from models.evit import kept_patches  # noqa: E402
 from models.layers.tokens import Size  # noqa: E402
 from modes.build import load_trained  # noqa: E402
-from utils.arguments import add_opts, check_files, check_output  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
+from utils.files import check_files, check_output  # noqa: E402
 from utils.pictures import draw_values, save_picture, side_by_side  # noqa: E402
 from utils.spelling import nearest  # noqa: E402
 

@@ -40,8 +40,9 @@ from modes.build import load_trained  # noqa: E402
 from modes.dense_evaluation import Drawing  # noqa: E402
 from tasks import build_task  # noqa: E402
 from utils.amp import Amp  # noqa: E402
-from utils.arguments import add_opts, check_files, check_output  # noqa: E402
+from utils.arguments import add_opts  # noqa: E402
 from utils.distributed import own_device  # noqa: E402
+from utils.files import check_files, check_output  # noqa: E402
 
 _LOG = logging.getLogger(__name__)
 

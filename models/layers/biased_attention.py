@@ -36,9 +36,10 @@ def biased_attention(
         bias: broadcasts to (G, h, N, N); one of shape (1, h, N, N) has fast paths.
     """
     q, k, v = qkv
-    if q.device.type == "cpu" and any(map(is_transformed, (q, k, v, bias))):
-        return _formula(q, k, v, bias, scale)
-    if eager_on_cpu(q) and _is_shared(bias, q, k, v):
+    if not eager_on_cpu(q, k, v, bias):
+        if q.device.type == "cpu" and any(map(is_transformed, (q, k, v, bias))):
+            return _formula(q, k, v, bias, scale)
+    elif _is_shared(bias, q, k, v):
         if torch.is_grad_enabled():
             if bias.requires_grad:
                 tensors = (qkv,) if isinstance(qkv, Tensor) else qkv

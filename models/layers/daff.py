@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .activations import made_inplace
 from .batch_norm import MAP_NORMS, BatchNorm2d
 from .checks import hidden_width
-from .depthwise import DepthwiseConv2d
+from .depthwise import MAP_CONVOLUTIONS, DepthwiseConv2d
 from .eager import add_owned, in_pieces_if_idle
 from .linear import PointwiseConv2d, linear
 from .plain import has_hooks, is_plain
@@ -76,7 +76,7 @@ def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: nn.Module | Non
     folded = type(norm) is nn.Identity
     if (
         norm.training
-        or not is_plain(conv, nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
+        or not is_plain(conv, *MAP_CONVOLUTIONS)
         or not (folded or (is_plain(norm, *MAP_NORMS) and norm.running_var is not None))
     ):
         x = norm(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

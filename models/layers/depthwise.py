@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .eager import compiled_for_cpu
+from .linear import PointwiseConv2d
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -31,3 +32,7 @@ class DepthwiseConv2d(nn.Conv2d):
         else:
             weight = self.weight
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+# Convolutions of maps that do nothing more, as classes derived from them elsewhere may.
+MAP_CONVOLUTIONS = (nn.Conv2d, PointwiseConv2d, DepthwiseConv2d)

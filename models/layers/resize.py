@@ -90,28 +90,16 @@ def resize_complex_filter(filters: Tensor, new: tuple[int, int]) -> Tensor:
 
 def pooled(x: Tensor, cells: int) -> Tensor:
     """Maps (B, C, h, w) -> means over `cells` x `cells` parts of them, (B, C, cells, cells)."""
-    if not _wants_matrices(x):
-        return F.adaptive_avg_pool2d(x, cells)
-
-    def matrix(side: int) -> Tensor:
-        def make() -> Tensor:
-            units = _units(side, x.device)
-            return F.adaptive_avg_pool1d(units, cells).t().to(x.device, x.dtype)
-
-        return _MATRICES.get(("mean", side, cells, x.device, x.dtype), make)
-
-    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).t()
+    if _wants_matrices(x):
+        return _by_matrices(x, (cells, cells), "mean")
+    return F.adaptive_avg_pool2d(x, cells)
 
 
 def _interpolated(grid: Tensor, new: tuple[int, int], mode: str) -> Tensor:
     """(B, C, h, w) -> (B, C, *new), between the centres of pixels."""
-    if not _wants_matrices(grid):
-        return F.interpolate(grid, new, mode=mode, align_corners=False)
-    rows, columns = (
-        _matrix(mode, False, old, size, grid.device, grid.dtype)
-        for old, size in zip(grid.shape[2:], new, strict=True)
-    )
-    return rows @ grid @ columns.t()
+    if _wants_matrices(grid):
+        return _by_matrices(grid, new, mode)
+    return F.interpolate(grid, new, mode=mode, align_corners=False)
 
 
 def _wants_matrices(x: Tensor) -> bool:
@@ -119,19 +107,27 @@ def _wants_matrices(x: Tensor) -> bool:
     return x.requires_grad and torch.are_deterministic_algorithms_enabled()
 
 
+def _by_matrices(x: Tensor, new: tuple[int, int], mode: str) -> Tensor:
+    rows, columns = (
+        _matrix(mode, False, old, size, x.device, x.dtype)
+        for old, size in zip(x.shape[2:], new, strict=True)
+    )
+    return rows @ x @ columns.t()
+
+
 def _matrix(
     mode: str, align_corners: bool, old: int, new: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """(new, old): what interpolation does to each unit vector; made once."""
+    """(new, old): what interpolation, or taking means, does to each unit vector; made once."""
 
     def make() -> Tensor:
-        units = _units(old, device)[None, :, :, None]
-        matrix = F.interpolate(units, (new, 1), mode=mode, align_corners=align_corners)
+        # In double precision, on the CPU where the device may not have that.
+        where = device if device.type == "cuda" else "cpu"
+        units = torch.eye(old, dtype=torch.float64, device=where)[None, :, :, None]
+        if mode == "mean":
+            matrix = F.adaptive_avg_pool2d(units, (new, 1))
+        else:
+            matrix = F.interpolate(units, (new, 1), mode=mode, align_corners=align_corners)
         return matrix[0, :, :, 0].t().to(device, dtype)
 
     return _MATRICES.get((mode, align_corners, old, new, device, dtype), make)
-
-
-def _units(size: int, device: torch.device) -> Tensor:
-    """The identity in double precision, on the CPU where the device may not have that."""
-    return torch.eye(size, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")

@@ -1,6 +1,5 @@
 """Tables that are made once: those of sizes alone, and resized ones while nothing writes to their source."""
 
-import itertools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -11,21 +10,23 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .eager import is_captured, is_transformed
 
-_STEPS = itertools.count(1)
-_last_step = 0
+_steps = 0  # of all optimizers of this process
 
 
 def _count_step(*_: Any) -> None:
-    global _last_step
-    _last_step = next(_STEPS)
+    global _steps
+    _steps += 1
 
 
 register_optimizer_step_post_hook(_count_step)
 
 
-def optimizer_steps() -> int:
-    """Changes with each step of an optimizer: those with `fused=True` write to tensors without a trace."""
-    return _last_step
+def state_of(table: Tensor) -> tuple[int, int, int]:
+    """Changes with each write to `table`, and with a move; while the old storage lives, none is like before.
+
+    Optimizers with `fused=True` write without a trace: after a step of any, all tables count as written to.
+    """
+    return table.data_ptr(), table._version, _steps
 
 
 class Constants:
@@ -74,28 +75,29 @@ class TableCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[int, int], tuple[int, int], Tensor, Tensor]] = {}
+        self._entries: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
 
     def get(
         self, name: str, table: Tensor, size: tuple[int, int], resize: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """`resize(table)`, computed or kept; `name` and `size` must determine what `resize` does.
 
-        Nothing is kept where the table needs a gradient, or where a compiler or a CUDA graph records the
-        operations.
+        Nothing is kept where the table needs a gradient, or where a compiler, a transform or a CUDA graph
+        records the operations.
         """
         learns = table.requires_grad and torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or table.is_inference():
+        recorded = torch.compiler.is_compiling() or is_transformed(table)
+        if recorded or learns or table.is_inference():
             return resize(table)
-        if learns:
-            return resize(table)
+        key = (size, table.dtype, table.device, state_of(table))
         entry = self._entries.get(name)
-        if entry is None or not _is_current(entry, table, size):
+        if entry is None or entry[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                entry = (size, _version(table), table.detach(), resize(table))
-            if not is_captured(entry[3]):
+                # The source stays alive, so that no other table can come to lie at its address.
+                entry = (key, table.detach(), resize(table))
+            if not is_captured(entry[2]):
                 self._entries[name] = entry
-        return entry[3]
+        return entry[2]
 
     def clear(self) -> None:
         """Forget all copies; for changes that bypass autograd's bookkeeping (`table.data`)."""
@@ -106,19 +108,3 @@ class TableCache:
 
     def __reduce__(self) -> tuple:
         return TableCache, ()
-
-
-def _version(table: Tensor) -> tuple[int, int]:
-    return table._version, optimizer_steps()
-
-
-def _is_current(entry: tuple, table: Tensor, size: tuple[int, int]) -> bool:
-    made_for, version, source, _ = entry
-    # A write raises the version. A move changes the address: the old storage, alive in `source`,
-    # cannot have been handed out again.
-    return (
-        made_for == size
-        and version == _version(table)
-        and source.data_ptr() == table.data_ptr()
-        and (source.dtype, source.device) == (table.dtype, table.device)
-    )

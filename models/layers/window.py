@@ -26,7 +26,7 @@ from .packed import PackedWeight, can_pack
 from .plain import is_plain
 from .precision import autocast_dtype
 from .resize import precise_dtype, resize_bias_table
-from .table_cache import Constants, optimizer_steps
+from .table_cache import Constants, state_of
 from .token_maps import attention_probabilities
 from .window_partition import (
     effective_window,
@@ -194,14 +194,14 @@ class Windowed(nn.Module):
     ) -> Tensor:
         """`_build_additive`, or the kept result of the last call."""
         sources = self.bias_sources()
-        if torch.compiler.is_compiling() or any(
-            t.is_inference() or is_transformed(t) for t in sources
+        if (
+            torch.compiler.is_compiling()
+            or self.training
+            or torch.is_grad_enabled()
+            or any(tensor.is_inference() or is_transformed(tensor) for tensor in sources)
         ):
             return self._build_additive(grid, masked, mask, like)
-        if self.training or torch.is_grad_enabled():
-            return self._build_additive(grid, masked, mask, like)
-        versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
-        key = (grid, like.dtype, like.device, versions, optimizer_steps())
+        key = (grid, like.dtype, like.device, [state_of(tensor) for tensor in sources])
         kept = self._cache  # read once: another thread may replace it
         if kept is not None and kept[0] == key:
             return kept[1]

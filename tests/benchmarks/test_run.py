@@ -430,31 +430,20 @@ def test_rounds_of_several_processes_are_pooled():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        ("--processes 1 --models dhvt_tiny_cifar_patch4 dfvt_smal", "did you mean"),
-        ("--models dfvt_smal", "did you mean"),
-        ("--rounds 0", "--rounds 0 must be at least 1"),
-        ("--device tpu", "must be one of auto, cpu, cuda"),
+        (run, "--processes 1 --models dhvt_tiny_cifar_patch4 dfvt_smal", "did you mean"),
+        (run, "--models dfvt_smal", "did you mean"),
+        (run, "--rounds 0", "--rounds 0 must be at least 1"),
+        (run, "--device tpu", "must be one of auto, cpu, cuda"),
+        (throughput, "--models dfvt_smal", "did you mean"),
+        (throughput, "--batch-size 0", "--batch-size 0 must be at least 1"),
+        (throughput, "--device tpu", "must be one of auto, cpu, cuda"),
     ],
 )
-def test_what_cannot_be_run_is_said(arguments, message, capsys):
+def test_what_cannot_be_run_is_said(program, arguments, message, capsys):
     with pytest.raises(SystemExit):
-        run.main(["--device", "cpu", *arguments.split()])
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--models dfvt_smal", "did you mean"),
-        ("--batch-size 0", "--batch-size 0 must be at least 1"),
-        ("--device tpu", "must be one of auto, cpu, cuda"),
-    ],
-)
-def test_throughput_says_what_cannot_be_run(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        throughput.main(arguments.split())
+        program.main(["--device", "cpu", *arguments.split()])
     assert message in capsys.readouterr().err
 
 

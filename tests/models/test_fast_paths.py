@@ -45,7 +45,7 @@ def paths(request, monkeypatch):
     monkeypatch.setattr(kernels, "enabled", on)
     if not on:
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain_attention)
-        monkeypatch.setattr(biased_attention, "eager_on_cpu", lambda x: False)
+        monkeypatch.setattr(biased_attention, "eager_on_cpu", lambda *tensors: False)
         for module in (eager, activations):
             monkeypatch.setattr(module, "may_overwrite", lambda x: False)
         monkeypatch.setattr(window.Windowed, "_additive", window.Windowed._build_additive)

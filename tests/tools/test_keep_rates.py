@@ -67,7 +67,7 @@ def test_one_checkpoint_is_scored_at_any_rate(trained, tmp_path, monkeypatch, ca
 def test_models_and_rates_that_cannot_be_are_refused(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         keep_rates.main(command(trained, tmp_path / "x.json", "0"))
-    assert "--rates 0 must be in (0, 1]" in capsys.readouterr().err
+    assert "keep_rate=0.0 must be in (0, 1]" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         keep_rates.main(["--cfg", SMOKE, "--resume", str(trained / "checkpoints" / "last.pth")])
     assert "MODEL.TYPE='dhvt' keeps all tokens" in capsys.readouterr().err

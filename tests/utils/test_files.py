@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.arguments import check_output
+from utils.files import check_output
 
 
 @pytest.mark.parametrize(
