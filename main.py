@@ -4,6 +4,8 @@ python main.py --cfg configs/demo.yaml
 torchrun --nproc_per_node 8 main.py --cfg configs/dfvt/dfvt_tiny.yaml --data-path /data/imagenet
 """
 
+import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +13,8 @@ from config import load_config
 from modes import MODES, check, train
 from utils.arguments import parse_args
 from utils.distributed import barrier, cleanup, init_distributed, is_main
+
+_LOG = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,4 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        _LOG.warning(
+            "interrupted; the same command goes on from last.pth, if TRAIN.AUTO_RESUME is on"
+        )
+        sys.exit(128 + signal.SIGINT)

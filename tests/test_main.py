@@ -714,16 +714,31 @@ def test_the_old_launcher_trains_on_two_processes():
     assert state["progress"]["step"] == 2, "32 images, 8 per process: two steps"
 
 
-def test_a_killed_run_continues_with_the_same_command_and_finishes():
-    """Trap: resume does not restore."""
-    args = command("--opts", "TRAIN.EPOCHS", "40", "SAVE_FREQ", "100")
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def stopped(how: signal.Signals, *args: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """A run of its own that gets a signal once it has saved -> what it left, and its last.pth."""
+    process = subprocess.Popen(
+        command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     last = Path("out/smoke_cls/default/checkpoints/last.pth")
     deadline = time.time() + 120
     while not last.exists() and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    _, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stderr=errors), last
+
+
+def test_an_interrupted_run_says_so_in_one_line():
+    done, last = stopped(signal.SIGINT, "--opts", "TRAIN.EPOCHS", "400", "SAVE_FREQ", "400")
+    assert done.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in done.stderr
+    log = (last.parents[1] / "log_rank0.txt").read_text().splitlines()
+    assert "WARNING interrupted" in log[-1]
+
+
+def test_a_killed_run_continues_with_the_same_command_and_finishes():
+    """Trap: resume does not restore."""
+    _, last = stopped(signal.SIGKILL, "--opts", "TRAIN.EPOCHS", "40", "SAVE_FREQ", "100")
     progress = torch.load(last, weights_only=True)["progress"]
     # An epoch is saved before it is scored, and again after it.
     reached = progress["epoch"] + (progress["batch"] > 0)
