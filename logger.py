@@ -157,11 +157,14 @@ class MetricsWriter:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _keep_until(path, -1 if resume_step is None else resume_step, position)
+        last_step = -1 if resume_step is None else resume_step
+        of_last_step = _keep_until(path, last_step, position)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            purged = 0 if resume_step is None else resume_step + 1
-            self._board = _tensorboard(folder / "tensorboard", purged)
+            # It hides whole steps; what stays of the last one is drawn again.
+            self._board = _tensorboard(folder / "tensorboard", max(last_step, 0))
+            for record in of_last_step:
+                self._draw(record.pop("kind"), record.pop("step"), record)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` (numbers, text, one-element tensors) of `kind` train or eval at `step`."""
@@ -172,8 +175,11 @@ class MetricsWriter:
         line = json.dumps({key: _valid(value) for key, value in record.items()}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+        self._draw(kind, step, plain)
+
+    def _draw(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._board is not None:
-            for key, value in plain.items():
+            for key, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{key}", value, step)
 
@@ -204,11 +210,15 @@ def _valid(value: Any) -> Any:
     return value
 
 
-def _keep_until(path: Path, last_step: int, position: tuple[int, int]) -> None:
-    """Move lines to another file, as `MetricsWriter` says, and one that a crash cut off."""
+def _keep_until(path: Path, last_step: int, position: tuple[int, int]) -> list[dict[str, Any]]:
+    """Move lines to another file, as `MetricsWriter` says, and one that a crash cut off.
+
+    Returns:
+        The records of `last_step` that stay.
+    """
     if not path.exists():
-        return
-    kept, replaced = [], []
+        return []
+    kept, replaced, of_last_step = [], [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -220,13 +230,16 @@ def _keep_until(path: Path, last_step: int, position: tuple[int, int]) -> None:
         except (ValueError, KeyError, TypeError):
             belongs = False
         (kept if belongs else replaced).append(line + "\n")
+        if belongs and record["step"] == last_step and "kind" in record:
+            of_last_step.append(record)
     if not replaced:
-        return
+        return of_last_step
     with path.with_name("metrics.replaced.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(replaced)
     fresh = path.with_name("metrics.jsonl.tmp")
     fresh.write_text("".join(kept), encoding="utf-8")
     os.replace(fresh, path)
+    return of_last_step
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:

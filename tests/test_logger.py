@@ -233,6 +233,20 @@ def test_numbers_reach_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(5, 2.0)]
 
 
+def test_a_resumed_run_draws_the_saved_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path) as writer:
+        for batch in (1, 3, 5):
+            # Two batches to a step: the last one is of a step that was not saved whole.
+            writer.write("train", (batch + 1) // 2, dict(epoch=0, batch=batch, loss=batch))
+        writer.write("train", 2, dict(epoch=0, batch=4, loss=4.5))
+    with MetricsWriter(tmp_path, resume_step=2, position=(0, 4)) as writer:
+        writer.write("train", 2, dict(epoch=0, batch=4, loss=4.0))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 3.0), (2, 4.0)]
+
+
 def test_without_tensorboard_the_run_goes_on_with_one_warning(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with MetricsWriter(tmp_path) as writer:
