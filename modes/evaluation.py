@@ -64,7 +64,8 @@ class Evaluation:
         scores = {part: self.score(found, part) for part in found.parts}
         whole = "" in scores
         result = scores[""] if whole else corruption_errors(scores)
-        _LOG.info("%s%s", "" if found.name == VAL else f"{found.name}:", self.task.describe(result))
+        if not whole:
+            self.tell(found, result)
         if self.attack:
             if not whole:
                 attacked = {part: metrics["attack"] for part, metrics in scores.items()}
@@ -89,6 +90,8 @@ class Evaluation:
         evaluator = self.task.evaluator(**labels, **(details if numbered else {}))
         metrics = self.pass_over(loader, evaluator)
         self.skipped += report_skipped([loader])
+        if not part:  # before anything is written, which a full disk ends
+            self.tell(found, metrics)
         if numbered and self.runtime.is_main:
             names = [] if found.name == VAL else [found.name, *part.split("/")]
             self.write("_".join(["", *filter(None, names)]), found, dataset, evaluator)
@@ -96,6 +99,11 @@ class Evaluation:
             attacked = self.pass_over(loader, self.task.evaluator(**labels), self.attack)
             metrics["attack"] = self.settings() | attacked
         return metrics
+
+    def tell(self, found: EvaluationSet, metrics: dict[str, Any]) -> None:
+        """The log line of a set."""
+        name = "" if found.name == VAL else f"{found.name}:"
+        _LOG.info("%s%s", name, self.task.describe(metrics))
 
     def pass_over(
         self, loader: Any, evaluator: Any, attack: GradientAttack | None = None
