@@ -227,7 +227,7 @@ class _File:
             self.fail(
                 f"'{key}'",
                 f"is missing, found {sorted(self.content)}; it must be a file of instances, with images, "
-                "annotations and categories",
+                "categories, and annotations unless it is of a test set",
             )
         entries = self.content[key]
         if not isinstance(entries, list):
@@ -290,7 +290,9 @@ class _File:
         first_outside = ""
         number = num_outside = 0
         reach, whole = 0.0, True  # the largest coordinate, and whether all are whole numbers
-        for number, (place, entry) in enumerate(self.entries("annotations"), start=1):
+        # Files of test sets have no such list at all; who needs objects asks `check_objects`.
+        entries = self.entries("annotations") if "annotations" in self.content else ()
+        for number, (place, entry) in enumerate(entries, start=1):
             image_id, category = entry.get("image_id"), entry.get("category_id")
             if type(image_id) not in (int, str) or image_id not in images:
                 self.fail(
@@ -323,7 +325,7 @@ class _File:
                 kept["segmentation"] = self._segmentation(place, entry.get("segmentation"), size)
             found.setdefault(image_id, []).append(kept)
         if not number:
-            _LOG.warning("%s has no annotation", self.path)
+            _LOG.warning("%s has no annotation, but %s", self.path, sorted(self.content))
         elif reach <= 1.001 and not whole:  # sums of shares may be rounded up
             self.fail(
                 "'annotations'",

@@ -198,7 +198,6 @@ def _drop(key, part="annotations"):
 
 WRONG = {
     "no images key": (lambda c: c.pop("images"), r"'images' is missing, found \['annotations',"),
-    "no annotations": (lambda c: c.pop("annotations"), r"'annotations' is missing.*a file of instances"),
     "no categories": (lambda c: c.pop("categories"), r"'categories' is missing"),
     "images no list": (lambda c: c.update(images={"a": 1}), r"'images' must be a list, not \{\"a\": 1\}"),
     "an image no object": (lambda c: c["images"].insert(1, "a.png"), r"images\[1\] must be an object"),
@@ -380,21 +379,28 @@ def test_corners_in_place_of_sides_are_suspected(tmp_path, caplog):
     assert "boxes leave their image (are they corners [x1, y1, x2, y2]?)" in caplog.text
 
 
-def test_a_file_without_annotations_is_warned_of(tmp_path, caplog):
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_file_without_annotations_is_warned_of(tmp_path, caplog, listed):
+    """Those of COCO's test sets have no list of them at all."""
     content = write_coco(tmp_path)["train"]
     content["annotations"] = []
+    if not listed:
+        del content["annotations"]
     rewrite(tmp_path, "train", content)
     with caplog.at_level(logging.WARNING):
         assert len(opened(tmp_path)) == 4
     assert "has no annotation" in caplog.text
 
 
-@pytest.mark.parametrize("crowds", [False, True])
+@pytest.mark.parametrize("left", ["no list", "nothing", "crowds"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_split_without_objects_stops_a_run_before_it_trains(tmp_path, split, crowds):
+def test_a_split_without_objects_stops_a_run_before_it_trains(tmp_path, split, left):
     content = write_coco(tmp_path)[split]
-    content["annotations"] = [a for a in content["annotations"] if crowds and a["iscrowd"]]
-    assert bool(content["annotations"]) == crowds
+    annotations = content.pop("annotations")
+    if left != "no list":
+        crowds = [entry for entry in annotations if entry["iscrowd"]]
+        content["annotations"] = crowds if left == "crowds" else []
+        assert crowds
     path = rewrite(tmp_path, split, content)
     opts = ["DATA.DATASET", "coco", "DATA.DATA_PATH", str(tmp_path)]
     file = CONFIG_DIR / "_base_" / "smoke_det.yaml"
